@@ -1,0 +1,20 @@
+"""Makes the project's Python importable: the scripts, the roles' modules and module_utils, the tests' helpers."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import ansible.module_utils
+
+PROJECT = Path(__file__).resolve().parents[1]
+for folder in (
+    PROJECT / "tests" / "support",
+    PROJECT / "files" / "scripts",
+    *PROJECT.glob("roles/*/library"),
+    *PROJECT.glob("roles/*/filter_plugins"),
+    PROJECT / "roles" / "vllm_service" / "files",
+):
+    sys.path.insert(0, str(folder))
+# As Ansible does when it ships a module of a role.
+ansible.module_utils.__path__.extend(str(folder) for folder in PROJECT.glob("roles/*/module_utils"))

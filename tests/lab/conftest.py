@@ -1,0 +1,105 @@
+"""Fixtures for the lab: plays through ansible-runner, the node through testinfra, requests from outside the node.
+
+The lab itself is up already (`make lab`).  `deployed` deploys once a session; a test that breaks the service
+restores it, so tests run in any order.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ansible_runner
+import pytest
+import testinfra
+import yaml
+from testinfra.host import Host
+
+from lab import INVENTORY, NODE, Play, Played, container_start
+from rendering import PROJECT, ROLES
+
+
+@pytest.fixture(scope="session")
+def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
+    """``play("deploy.yml", check=True, some_variable=1)``: the command an operator would type, in the lab."""
+
+    def run(playbook: str, *, check: bool = False, **variables: Any) -> Played:
+        private = tmp_path_factory.mktemp("runner")
+        started = time.monotonic()
+        result = ansible_runner.run(
+            private_data_dir=str(private),
+            project_dir=str(PROJECT),
+            playbook=playbook,
+            inventory=str(INVENTORY),
+            limit="ascend910",
+            extravars=variables,
+            cmdline="--check --diff" if check else None,
+            quiet=True,
+        )
+        with result.stdout as stream:
+            output = stream.read()
+        print(output)
+        failures = [
+            str((event["event_data"].get("res") or {}).get("msg", ""))
+            for event in result.events
+            if event["event"] in ("runner_on_failed", "runner_on_unreachable")
+        ]
+        changed = sum(((result.stats or {}).get("changed") or {}).values())
+        return Played(result.rc, output, changed, "\n".join(failures), time.monotonic() - started)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def node() -> Host:
+    hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]["lab_nodes"]["hosts"]
+    keys = (
+        Path(yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())["lab_host_state_dir"]) / "ssh"
+    )
+    return testinfra.get_host(
+        f"ssh://root@{hosts[NODE]['ansible_host']}",
+        ssh_identity_file=str(keys / "id_ed25519"),
+        ssh_extra_args=f"-o UserKnownHostsFile={keys / 'known_hosts'} -o IdentitiesOnly=yes",
+    )
+
+
+@pytest.fixture(scope="session")
+def url(node: Host) -> str:
+    """The service's base URL as seen from outside the node."""
+    return f"http://{node.backend.hostname}:8000"
+
+
+@pytest.fixture(scope="session")
+def deployed(play: Play) -> Played:
+    """The service as the inventory wants it, validated."""
+    result = play("deploy.yml")
+    assert result.rc == 0, result.failures
+    return result
+
+
+@pytest.fixture
+def service(deployed: Played, node: Host) -> Iterator[Host]:
+    """The node with the deployed service; the test must not restart it."""
+    before = container_start(node)
+    yield node
+    assert container_start(node) == before, "the running service was touched"
+
+
+@pytest.fixture(autouse=True)
+def journal_of_a_failure(request: pytest.FixtureRequest, node: Host) -> Iterator[None]:
+    """A failing test prints the journal."""
+    yield
+    report = request.node.stash.get(CALL_FAILED, False)
+    if report:
+        print(node.run("journalctl --unit glm-ocr --lines 80 --no-pager").stdout)
+
+
+CALL_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    outcome = yield
+    item.stash[CALL_FAILED] = item.stash.get(CALL_FAILED, False) or outcome.get_result().failed  # type: ignore[attr-defined]

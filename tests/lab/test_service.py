@@ -1,0 +1,67 @@
+"""What a deployment leaves on the host, and what answers from outside."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import requests
+from testinfra.host import Host
+
+import ocr_lines
+from lab import Played, chat, latest_report
+from text_metrics import character_error_rate
+
+
+def test_the_deployment_validates_with_pass(deployed: Played) -> None:
+    report = json.loads((latest_report() / "report.json").read_text())
+    assert report["verdict"] == "PASS"
+    assert report["deployment"]["image"]["id"].startswith("sha256:")
+    assert report["deployment"]["command"][:2] == ["vllm", "serve"]
+    assert report["stages"]["ocr_smoke"]["engine"]["vllm"]
+    assert "CPU lab engine" in report["deployment"]["accelerator"]
+    assert "Report:" in deployed.stdout
+
+
+def test_unit_and_environment_are_the_hosts(service: Host) -> None:
+    unit = service.service("glm-ocr")
+    assert unit.is_running
+    assert unit.is_enabled
+    environment = service.file("/etc/glm-ocr/glm-ocr.env")
+    assert (environment.user, environment.mode) == ("root", 0o640)
+    assert service.file("/etc/systemd/system/glm-ocr.service").mode == 0o644
+    assert service.socket("tcp://0.0.0.0:8000").is_listening
+
+
+def test_the_engine_got_flags_and_environment_verbatim(service: Host) -> None:
+    container = json.loads(service.check_output("docker container inspect glm-ocr"))[0]
+    assert container["Config"]["Cmd"][-1] == '{"cudagraph_mode":"FULL_DECODE_ONLY"}'
+    assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in container["Config"]["Env"]
+    assert {"/dev/davinci0", "/dev/davinci1"} <= {d["PathOnHost"] for d in container["HostConfig"]["Devices"]}
+    assert container["HostConfig"]["Init"] is True
+
+
+def test_models_answers_from_outside_the_node(service: Host, url: str) -> None:
+    (model,) = requests.get(f"{url}/v1/models", timeout=10).json()["data"]
+    assert (model["id"], model["max_model_len"]) == ("glm-ocr", 8192)
+
+
+def test_the_seeds_chat_request_answers(service: Host, url: str) -> None:
+    response = chat(url, "请用一句话介绍 GLM-OCR 模型。")
+    assert response.status_code == 200
+    assert response.json()["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("font", sorted(ocr_lines.FONTS))
+def test_an_image_is_read(font: str, service: Host, url: str) -> None:
+    rng = random.Random(font)
+    truths = [ocr_lines.readable_text(rng) for _ in range(10)]
+    readings = []
+    for truth in truths:
+        image = {"type": "image_url", "image_url": {"url": ocr_lines.data_url(ocr_lines.render(truth, font))}}
+        response = chat(url, [image, {"type": "text", "text": "Text Recognition:"}])
+        readings.append(response.json()["choices"][0]["message"]["content"])
+    rate = character_error_rate(truths, readings)
+    assert rate is not None
+    assert rate <= 0.02, list(zip(truths, readings, strict=True))

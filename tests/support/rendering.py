@@ -1,0 +1,53 @@
+"""Render the project's templates as a play would: inventory, role defaults, role vars, Ansible's own templar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.plugins.loader import filter_loader, init_plugin_loader
+from ansible.template import Templar, trust_as_template
+from ansible.vars.manager import VariableManager
+
+PROJECT = Path(__file__).resolve().parents[2]
+ROLES = PROJECT / "roles"
+
+init_plugin_loader()
+for folder in ROLES.glob("*/filter_plugins"):
+    filter_loader.add_directory(str(folder))
+
+
+class HostVariables:
+    """The variables of one production host, as the roles of `deploy` see them."""
+
+    def __init__(self, tmp_path: Path, **overrides: Any) -> None:
+        """``overrides`` win over everything, as `-e` does."""
+        inventory = tmp_path / "hosts.yml"
+        inventory.write_text("ascend910: {hosts: {npu-01: {}}}\n")
+        (tmp_path / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
+        self.loader = DataLoader()
+        manager = InventoryManager(loader=self.loader, sources=[str(inventory)])
+        variables = VariableManager(loader=self.loader, inventory=manager)
+        host = manager.get_host("npu-01")
+        self.values: dict[str, Any] = {}
+        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_service"):
+            self.values |= self.load(ROLES / role / "defaults" / "main.yml")
+        self.values |= variables.get_vars(host=host)
+        for role in ("glm_ocr", "vllm_service"):
+            self.values |= self.load(ROLES / role / "vars" / "main.yml")
+        self.values |= {"vllm_image_id": "sha256:" + "0" * 64, "vllm_weights_fingerprint": "f" * 64} | overrides
+        self.values["role_path"] = str(ROLES / "vllm_service")
+
+    def load(self, path: Path) -> dict[str, Any]:
+        return self.loader.load_from_file(str(path), trusted_as_template=True) if path.exists() else {}
+
+    def template(self, text: str) -> Any:
+        return Templar(loader=self.loader, variables=self.values).template(trust_as_template(text))
+
+    def template_file(self, name: str) -> str:
+        # With the options of the template module and of the template lookup.
+        templar = Templar(loader=self.loader, variables=self.values)
+        text = trust_as_template((PROJECT / "templates" / name).read_text())
+        return str(templar.template(text, overrides={"trim_blocks": True}, escape_backslashes=False))

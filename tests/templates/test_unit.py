@@ -1,0 +1,161 @@
+"""The rendered unit and environment file: against goldens, and against the start command they must carry."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rendering import PROJECT, ROLES, HostVariables
+
+GOLDEN = Path(__file__).parent / "golden"
+SEED = (Path(__file__).parent / "seed_command.sh").read_text()
+
+
+def exec_start(unit: str) -> list[str]:
+    """The arguments systemd passes on: continued lines joined, quotes removed, %% and $$ undoubled."""
+    joined = unit.replace("\\\n", " ")
+    (line,) = [line for line in joined.splitlines() if line.startswith("ExecStart=")]
+    words = shlex.split(line.removeprefix("ExecStart="))
+    return [word.replace("%%", "%").replace("$$", "$") for word in words]
+
+
+def serve_command(unit: str) -> list[str]:
+    words = exec_start(unit)
+    return words[words.index("vllm") :]
+
+
+def options(arguments: list[str]) -> dict[str, str | None]:
+    """--flag value pairs; a bare flag has the value None.  A flag given twice is an error."""
+    found: dict[str, str | None] = {}
+    for index, word in enumerate(arguments):
+        if word.startswith("--"):
+            assert word not in found, f"{word} is given twice"
+            following = arguments[index + 1 : index + 2]
+            found[word] = following[0] if following and not following[0].startswith("--") else None
+    return found
+
+
+@pytest.mark.parametrize("engine", ["docker", "podman"])
+def test_golden(engine: str, tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, glm_ocr_container_engine=engine)
+    for name, golden in (("glm-ocr.service.j2", f"{engine}.service"), ("glm-ocr.env.j2", "glm-ocr.env")):
+        rendered = host.template_file(name)
+        if os.environ.get("UPDATE_GOLDEN"):
+            (GOLDEN / golden).write_text(rendered)
+        assert rendered == (GOLDEN / golden).read_text(), "meant? then: UPDATE_GOLDEN=1 make test-fast"
+
+
+def test_every_flag_of_the_seed_is_there_verbatim(tmp_path: Path) -> None:
+    seed_serve = shlex.split(SEED.replace("\\\n", " ").splitlines()[-1])
+    serve = serve_command(HostVariables(tmp_path).template_file("glm-ocr.service.j2"))
+    assert serve[:3] == seed_serve[:3]
+    assert options(seed_serve).items() <= options(serve).items()
+
+
+def test_every_variable_of_the_seed_is_there_verbatim(tmp_path: Path) -> None:
+    seed = dict(shlex.split(line)[1].split("=", 1) for line in SEED.splitlines() if line.startswith("export "))
+    assert len(seed) == 7
+    lines = HostVariables(tmp_path).template_file("glm-ocr.env.j2").splitlines()
+    # An env file is read raw by the container engine: no quotes, no spaces around "=".
+    environment = dict(line.split("=", 1) for line in lines if not line.startswith("#"))
+    assert seed.items() <= environment.items()
+
+
+@pytest.mark.parametrize("argument", ["a b", "50%", "$HOME", "it's", '{"a":"b c"}', "back\\slash", "%h $x 'y'"])
+def test_awkward_arguments_survive_systemd_quoting(argument: str, tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, vllm_service_extra_flags={"chat-template": argument})
+    (line,) = [line for line in host.template_file("glm-ocr.service.j2").splitlines() if "--chat-template" in line]
+    assert systemd_reads(line.strip().removeprefix("--chat-template ")) == argument
+
+
+def systemd_reads(quoted: str) -> str:
+    """How systemd.syntax(7) reads one quoted word: C escapes work in both kinds of quotes."""
+    body = quoted[1:-1] if quoted.startswith("'") else quoted
+    return body.replace("\\\\", "\0").replace("\\'", "'").replace("\0", "\\").replace("%%", "%").replace("$$", "$")
+
+
+def test_the_extra_flags_win(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, vllm_service_extra_flags={"max-num-seqs": 8, "trust-remote-code": False})
+    serve = options(serve_command(host.template_file("glm-ocr.service.j2")))
+    assert serve["--max-num-seqs"] == "8"
+    assert "--trust-remote-code" not in serve
+
+
+def test_timeouts_leave_requests_time_to_complete(tmp_path: Path) -> None:
+    unit = HostVariables(tmp_path).template_file("glm-ocr.service.j2")
+    engine = int(options(serve_command(unit))["--shutdown-timeout"] or 0)
+    container = int(unit.split("stop -t ")[1].split()[0])
+    systemd = int(unit.split("TimeoutStopSec=")[1].split()[0])
+    assert 0 < engine < container < systemd
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vllm_image_id": "sha256:" + "1" * 64},
+        {"vllm_weights_fingerprint": "e" * 64},
+        {"vllm_service_extra_environment": {"HCCL_BUFFSIZE": "256"}},
+        {"vllm_service_extra_flags": {"max-num-seqs": 8}},
+        {"glm_ocr_port": 8001},
+    ],
+)
+def test_the_release_changes_with_what_the_engine_runs(change: dict[str, object], tmp_path: Path) -> None:
+    release = "{{ __vllm_service_release }}"
+    for folder in "abc":
+        (tmp_path / folder).mkdir()
+    before = HostVariables(tmp_path / "a").template(release)
+    assert HostVariables(tmp_path / "b").template(release) == before
+    assert HostVariables(tmp_path / "c", **change).template(release) != before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"vllm_service_environment": {"BAD NAME": "1"}}, "not a variable name: BAD NAME"),
+        ({"vllm_service_environment": {"A": "1\n2"}}, "A in vllm_service_environment must be one line"),
+        ({"vllm_service_environment": {"OMP_PROC_BIND": False}}, "must be a string"),
+        ({"vllm_service_flags": {"--port": 1}}, "without leading dashes, found --port"),
+    ],
+)
+def test_what_cannot_be_rendered_is_named(overrides: dict[str, object], complaint: str, tmp_path: Path) -> None:
+    problems = HostVariables(tmp_path, **overrides).template("{{ __vllm_service_problems }}")
+    assert any(complaint in problem for problem in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"glm_ocr_port": 70000}, "glm_ocr_port must be 1 to 65535, found 70000"),
+        ({"glm_ocr_max_model_len": 0}, "must be positive"),
+        ({"glm_ocr_max_model_len": 200000}, "at most 131072"),
+        ({"glm_ocr_weights_path": "weights"}, "glm_ocr_weights_path must be an absolute path"),
+        ({"glm_ocr_devices": ["davinci0"]}, "glm_ocr_devices must be /dev/NAME, found davinci0"),
+        ({"glm_ocr_driver_paths": ["usr/local"]}, "found usr/local"),
+        ({"glm_ocr_service_name": "a b"}, "glm_ocr_service_name must be"),
+    ],
+)
+def test_an_inventory_that_does_not_hold_together(overrides: dict[str, object], complaint: str, tmp_path: Path) -> None:
+    problems = HostVariables(tmp_path, **overrides).template("{{ __glm_ocr_problems }}")
+    assert len(problems) == 1
+    assert complaint in problems[0]
+
+
+def test_the_seeds_inventory_has_no_problem(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path)
+    assert host.template("{{ __glm_ocr_problems + __vllm_service_problems }}") == []
+
+
+@pytest.mark.parametrize(("text", "accepted"), [("ExecStart=/bin/true", True), ("ExecStrat=/bin/true", False)])
+def test_a_unit_systemd_complains_about_is_refused(text: str, accepted: bool, tmp_path: Path) -> None:
+    unit = tmp_path / ".source"
+    unit.write_text(f"[Service]\n{text}\n")
+    script = ROLES / "vllm_service" / "files" / "verify_unit.py"
+    done = subprocess.run(
+        [sys.executable, script, unit, "glm-ocr.service"], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode == 0) is accepted, done.stderr
