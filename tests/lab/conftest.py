@@ -54,7 +54,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
 
 @pytest.fixture(scope="session")
 def node() -> Host:
-    hosts = yaml.safe_load((INVENTORY / "hosts.yml").read_text())["all"]["children"]["lab_nodes"]["hosts"]
+    hosts = yaml.safe_load(INVENTORY.read_text())["lab"]["children"]["lab_nodes"]["hosts"]
     keys = (
         Path(yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())["lab_host_state_dir"]) / "ssh"
     )
