@@ -7,14 +7,7 @@ import time
 import pytest
 from testinfra.host import Host
 
-from lab import Play, Played, chat
-
-WEIGHTS = "/opt/atomgit/weights/GLM-OCR-bf16"
-#: Hash over everything a deployment writes on the host.
-STATE = (
-    "find /etc/glm-ocr /etc/systemd/system /usr/local/lib/glm-ocr -type f -exec sha256sum {} + 2>/dev/null | sort"
-    " | sha256sum; docker images --no-trunc --quiet | sort"
-)
+from lab import STATE, WEIGHTS, Play, Played, chat, listener
 
 
 def test_a_second_run_changes_nothing_and_is_quick(service: Host, play: Play) -> None:
@@ -32,19 +25,8 @@ def test_check_mode_on_a_deployed_host(service: Host, play: Play) -> None:
 
 def test_a_foreign_listener_on_the_port_is_refused_by_name(service: Host, play: Play) -> None:
     # On IPv6 alone, so that it can be bound beside our own service.
-    listener = (
-        "import socket,signal; s=socket.socket(socket.AF_INET6); s.setsockopt(socket.IPPROTO_IPV6,"
-        " socket.IPV6_V6ONLY, 1); s.bind(('::', 8000)); s.listen(); print(1, flush=True); signal.pause()"
-    )
-    service.check_output("rm -f /run/listener.ready")
-    pid = service.check_output(
-        f'nohup python3 -c "{listener}" > /run/listener.ready 2>&1 & echo $!; '
-        "until [ -s /run/listener.ready ]; do :; done"
-    )
-    try:
+    with listener(service, "AF_INET6", "IPPROTO_IPV6", "IPV6_V6ONLY", "::") as pid:
         refused = play("deploy.yml")
-    finally:
-        service.check_output(f"kill {pid}")
     assert refused.rc != 0
     assert "[HOST_PORT]" in refused.failures
     assert f"pid {pid}: python3 -c" in refused.failures

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 
 import pytest
 import requests
 from testinfra.host import Host
 
 import ocr_lines
-from lab import Played, chat, latest_report
+from lab import WEIGHTS, Played, chat, latest_report
 from text_metrics import character_error_rate
 
 
@@ -65,3 +66,26 @@ def test_an_image_is_read(font: str, service: Host, url: str) -> None:
     rate = character_error_rate(truths, readings)
     assert rate is not None
     assert rate <= 0.02, list(zip(truths, readings, strict=True))
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [("", None), ("--image test.png", "HELLO 42")])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        f"--mode local --model {WEIGHTS}",
+        "--mode api --url http://localhost:8000/v1/chat/completions --model-name glm-ocr",
+    ],
+)
+def test_inference_as_the_seed_types_it(mode: str, arguments: str, expected: str | None, service: Host) -> None:
+    scripts = "/usr/local/lib/glm-ocr/scripts"
+    image = service.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
+    draw = "import ocr_lines as l; l.render('HELLO 42', 'dejavu-sans-mono').save('test.png')"
+    inside = (
+        f'cd /tmp && PYTHONPATH={scripts} python -c "{draw}" && ln -s {scripts}/inference.py'
+        f' && python inference.py {mode} {arguments} --prompt "Text Recognition:"'
+    )
+    answer = service.check_output(
+        f"docker run --rm --network host --entrypoint bash --volume {scripts}:{scripts}:ro"
+        f" --volume {WEIGHTS}:{WEIGHTS}:ro {image} -c {shlex.quote(inside)}"
+    )
+    assert answer == expected if expected else answer
