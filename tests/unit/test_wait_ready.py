@@ -7,8 +7,8 @@ import subprocess
 import sys
 
 import pytest
-import wait_ready
 
+import wait_ready
 from fake_service import Service
 
 GENERATED = json.dumps({"choices": [{}], "usage": {"completion_tokens": 1}})

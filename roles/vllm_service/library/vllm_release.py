@@ -1,0 +1,296 @@
+#!/usr/bin/python
+"""Stage, activate, accept and describe the releases of the service, each in one round trip."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from datetime import datetime, timezone
+from typing import Any, Dict, List, Optional
+
+from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.releases import Release, Store, read, write_atomically
+
+DOCUMENTATION = r"""
+module: vllm_release
+short_description: Releases of the vLLM service on a host
+description:
+  - A release is a unit and an environment file under an id that is a hash of everything the engine runs.
+options:
+  state:
+    type: str
+    default: described
+    choices: [described, staged, active, good]
+    description:
+      - C(described) changes nothing and tells what runs, what is installed and what is kept.
+      - C(staged) keeps the release on the host, once systemd accepts its unit. Nothing that runs is touched.
+      - C(active) installs a kept release, restarts the service only if it runs something else, and returns once a
+        generation succeeded. It fails with the service's journal.
+      - C(good) remembers that the release answered its known-answer request, and forgets all but the last few.
+  service: {type: str, required: true, description: Name of the unit and of the container.}
+  container_engine: {type: str, required: true, description: C(docker) or C(podman).}
+  store: {type: path, required: true, description: Folder of the kept releases.}
+  environment_file: {type: path, required: true, description: Where the environment file is installed.}
+  release: {type: str, description: Id of the release; needed but for C(described).}
+  unit: {type: str, description: Text of the unit, for C(staged).}
+  environment: {type: str, description: Text of the environment file, for C(staged).}
+  record:
+    type: dict
+    default: {}
+    description: What the release consists of, for C(staged); C(wait_ready) is the command that sees a generation.
+  journal_lines: {type: int, default: 50, description: Lines of the journal shown when a start fails.}
+  keep: {type: int, default: 5, description: How many releases C(good) keeps.}
+  by: {type: str, default: "", description: Who does it, for the history.}
+  action: {type: str, default: deploy, description: What it is part of, for the history.}
+author: [glm-ocr-ascend]
+"""
+
+RETURN = r"""
+installed: {type: str, returned: always, description: Id of the release whose unit is installed, or empty.}
+running: {type: str, returned: always, description: Id of the release whose container runs, or empty.}
+image_id: {type: str, returned: always, description: Image of the container that runs, or empty.}
+last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
+good: {type: bool, returned: always, description: Whether C(release) was found good.}
+restarted: {type: bool, returned: when active, description: Whether the service was restarted.}
+releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
+history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
+service: {type: dict, returned: when described, description: What systemd says of the unit.}
+"""
+
+EXAMPLES = r"""
+- vllm_release:
+    service: glm-ocr
+    container_engine: docker
+    store: /var/lib/glm-ocr/releases
+    environment_file: /etc/glm-ocr/glm-ocr.env
+  register: described
+"""
+
+LABEL = "glm-ocr.release"
+SHOWN = ("ActiveState", "SubState", "UnitFileState", "ActiveEnterTimestamp", "NRestarts")
+
+
+# --- pure -------------------------------------------------------------------------------------------------
+
+
+def release_of_unit(unit: Optional[str]) -> str:
+    """The id in the unit's ``--label glm-ocr.release=ID``; empty when there is none."""
+    found = re.search(r"--label %s=(\S+)" % re.escape(LABEL), unit or "")
+    return found.group(1) if found else ""
+
+
+def seconds_since_epoch(started_at: str) -> float:
+    """Of a container engine's RFC 3339 time: 2026-01-02T03:04:05.123456789Z or ...+08:00."""
+    matched = re.match(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(\.\d+)?(Z|[+-]\d\d:\d\d)$", started_at)
+    if not matched:
+        raise ValueError(f"not a time of a container engine: {started_at!r}")
+    whole, fraction, zone = matched.groups()
+    moment = datetime.fromisoformat(whole + ("+00:00" if zone == "Z" else zone))
+    return moment.timestamp() + float(fraction or 0)
+
+
+def difference(name: str, before: Optional[str], after: str) -> Dict[str, str]:
+    lines = difflib.unified_diff((before or "").splitlines(True), after.splitlines(True), name, name)
+    return {"prepared": "".join(lines)}
+
+
+# --- edges ------------------------------------------------------------------------------------------------
+
+
+def run(command: List[str]) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, universal_newlines=True, check=False
+    )
+
+
+def verify(unit: str, file_name: str) -> List[str]:
+    """What `systemd-analyze verify` says of the unit.  It wants a proper file name, and speaks of other units too."""
+    folder = tempfile.mkdtemp()
+    try:
+        path = os.path.join(folder, file_name)
+        write_atomically(path, unit, 0o644)
+        output = run(["systemd-analyze", "verify", "--man=no", path]).stdout
+    finally:
+        shutil.rmtree(folder)
+    return [line for line in output.splitlines() if file_name in line]
+
+
+class Service:
+    """The unit, the container behind it and the kept releases of one service."""
+
+    def __init__(self, options: Dict[str, Any]) -> None:
+        self.options = options
+        self.name = options["service"]
+        self.unit_path = f"/etc/systemd/system/{self.name}.service"
+        self.environment_path = options["environment_file"]
+        self.store = Store(options["store"])
+
+    def container(self) -> Dict[str, Any]:
+        """The container engine's description of the running container; empty when none runs."""
+        done = subprocess.run(
+            [self.options["container_engine"], "container", "inspect", self.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            check=False,
+        )
+        found = json.loads(done.stdout) if done.returncode == 0 else []
+        return found[0] if found and found[0]["State"].get("Running") else {}
+
+    def identity(self) -> Dict[str, Any]:
+        container = self.container()
+        last_good = self.store.last_good()
+        wanted = self.store.get(self.options["release"] or "")
+        return {
+            "installed": release_of_unit(read(self.unit_path)),
+            "running": ((container.get("Config") or {}).get("Labels") or {}).get(LABEL, ""),
+            "image_id": container.get("Image", ""),
+            "last_good": last_good.id if last_good else "",
+            "good": bool(wanted and wanted.good_at),
+        }
+
+    def older_than_its_files(self) -> bool:
+        """Whether the container started before its unit or environment was last written: a restart is owed."""
+        started = seconds_since_epoch(self.container()["State"]["StartedAt"])
+        return any(os.stat(path).st_mtime > started for path in (self.unit_path, self.environment_path))
+
+    def differs(self, release: Release) -> bool:
+        return (read(self.unit_path), read(self.environment_path)) != (release.unit, release.environment)
+
+    def install(self, release: Release) -> None:
+        os.makedirs(os.path.dirname(self.environment_path), mode=0o750, exist_ok=True)
+        write_atomically(self.environment_path, release.environment, 0o640)
+        write_atomically(self.unit_path, release.unit, 0o644)
+
+    def systemd(self) -> Dict[str, str]:
+        output = run(["systemctl", "show", self.name, *(f"--property={name}" for name in SHOWN)]).stdout
+        return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
+
+    def start(self, release: Release, restart: bool) -> str:
+        """Brings the installed release up.  Empty when a generation succeeded, else what was said instead."""
+        if restart:
+            # A crash loop of the release before must not keep this one from starting.
+            run(["systemctl", "reset-failed", self.name])
+        # systemd returns when ExecStartPost has seen a generation, also of a start that was under way.
+        for command in (
+            ["systemctl", "daemon-reload"],
+            ["systemctl", "enable", self.name],
+            ["systemctl", "restart" if restart else "start", self.name],
+            release.record["wait_ready"],
+        ):
+            done = run(command)
+            if done.returncode != 0:
+                return f"`{' '.join(command)}`: {done.stdout.strip()}"
+        return ""
+
+    def journal(self) -> str:
+        lines = f"--lines={self.options['journal_lines']}"
+        return run(["journalctl", f"--unit={self.name}", lines, "--no-pager", "--output=cat"]).stdout
+
+
+def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
+    options = module.params
+    complaints = verify(options["unit"], f"{service.name}.service")
+    if complaints:
+        module.fail_json(msg="\n".join(["systemd refuses the unit; nothing was changed:", *complaints]))
+    kept = service.store.get(options["release"])
+    changed = kept is None
+    if changed and not module.check_mode:
+        record = {"staged_at": now(), "staged_by": options["by"], **options["record"]}
+        service.store.stage(options["release"], options["unit"], options["environment"], record)
+    diff = [
+        difference(service.unit_path, read(service.unit_path), options["unit"]),
+        difference(service.environment_path, read(service.environment_path), options["environment"]),
+    ]
+    return {"changed": changed, "diff": diff, **service.identity()}
+
+
+def active(module: AnsibleModule, service: Service) -> Dict[str, Any]:
+    options = module.params
+    before = service.identity()
+    release = service.store.get(options["release"])
+    if release is None:
+        if module.check_mode:
+            return {"changed": True, "restarted": True, **before}
+        kept = ", ".join(kept.id for kept in service.store.all()) or "none"
+        module.fail_json(msg=f"expected a kept release {options['release']}, found: {kept}")
+    assert release is not None
+    systemd = service.systemd()
+    differs = service.differs(release)
+    restart = differs or before["running"] != release.id or service.older_than_its_files()
+    changed = restart or systemd.get("ActiveState") != "active" or systemd.get("UnitFileState") != "enabled"
+    if module.check_mode:
+        return {"changed": changed, "restarted": restart, **before}
+    if differs:
+        service.install(release)
+    problem = service.start(release, restart)
+    if changed:
+        entry = {"at": now(), "by": options["by"], "action": options["action"], "release": release.id}
+        service.store.note({**entry, "result": "failed to start" if problem else "started"})
+    if problem:
+        module.fail_json(
+            msg=f"{service.name} did not reach its first generation: {problem}\n"
+            f"Last {options['journal_lines']} lines of its journal:\n{service.journal()}",
+            restarted=restart,
+        )
+    return {"changed": changed, "restarted": restart, **service.identity()}
+
+
+def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
+    options = module.params
+    release = service.store.get(options["release"])
+    # A release that is good, and was the last one found so, is not marked again.
+    latest = service.store.last_good()
+    changed = release is None or latest is None or latest.id != release.id
+    if changed and not module.check_mode:
+        service.store.mark_good(options["release"])
+        entry = {"at": now(), "by": options["by"], "action": options["action"], "release": options["release"]}
+        service.store.note({**entry, "result": "good"})
+        service.store.prune(options["keep"], protect=options["release"])
+    return {"changed": changed, **service.identity()}
+
+
+def described(module: AnsibleModule, service: Service) -> Dict[str, Any]:
+    releases = [{"id": kept.id, "good_at": kept.good_at, "record": kept.record} for kept in service.store.all()]
+    told = {"releases": releases, "history": service.store.history(20), "service": service.systemd()}
+    return {"changed": False, **told, **service.identity()}
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def main() -> None:
+    module = AnsibleModule(
+        argument_spec={
+            "state": {"type": "str", "default": "described", "choices": ["described", "staged", "active", "good"]},
+            "service": {"type": "str", "required": True},
+            "container_engine": {"type": "str", "required": True},
+            "store": {"type": "path", "required": True},
+            "environment_file": {"type": "path", "required": True},
+            "release": {"type": "str"},
+            "unit": {"type": "str"},
+            "environment": {"type": "str"},
+            "record": {"type": "dict", "default": {}},
+            "journal_lines": {"type": "int", "default": 50},
+            "keep": {"type": "int", "default": 5},
+            "by": {"type": "str", "default": ""},
+            "action": {"type": "str", "default": "deploy"},
+        },
+        required_if=[
+            ("state", "staged", ("release", "unit", "environment")),
+            ("state", "active", ("release",)),
+            ("state", "good", ("release",)),
+        ],
+        supports_check_mode=True,
+    )
+    states = {"described": described, "staged": staged, "active": active, "good": good}
+    module.exit_json(**states[module.params["state"]](module, Service(module.params)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The releases a host keeps: one folder each, named by the release's id, readable by root alone.
+
+    STORE/<id>/unit, environment     what is installed when the release is activated
+    STORE/<id>/release.json          what it consists of, who staged it and when
+    STORE/<id>/good                  there once it answered its known-answer request; its mtime says when last
+    STORE/history.jsonl              what was done with them, oldest first
+
+A folder appears complete or not at all, by a rename.  Python 3.8, standard library only: it runs on the host.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from typing import Any, Dict, List, Optional
+
+
+@dataclass(frozen=True)
+class Release:
+    """A kept release; ``good_at`` is seconds since the epoch, None as long as it was not found good."""
+
+    id: str
+    unit: str
+    environment: str
+    record: Dict[str, Any]
+    good_at: Optional[float]
+
+
+def write_atomically(path: str, content: str, mode: int) -> None:
+    """Replaces ``path`` by a complete file or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix="." + os.path.basename(path))
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode)
+        os.rename(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def read(path: str) -> Optional[str]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+class Store:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def path(self, *parts: str) -> str:
+        return os.path.join(self.folder, *parts)
+
+    def get(self, identifier: str) -> Optional[Release]:
+        """The release, None when there is none of this id or its folder is damaged."""
+        names = ("unit", "environment", "release.json")
+        unit, environment, record = (read(self.path(identifier, name)) for name in names)
+        if unit is None or environment is None or record is None:
+            return None
+        try:
+            good_at: Optional[float] = os.stat(self.path(identifier, "good")).st_mtime
+        except FileNotFoundError:
+            good_at = None
+        return Release(identifier, unit, environment, json.loads(record), good_at)
+
+    def folders(self) -> List[str]:
+        names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
+        return [name for name in names if os.path.isdir(self.path(name))]
+
+    def all(self) -> List[Release]:
+        """Every kept release, the one found good last first, those never found good at the end."""
+        found = [release for release in map(self.get, self.folders()) if release]
+        return sorted(found, key=lambda release: release.good_at or 0.0, reverse=True)
+
+    def last_good(self, besides: str = "") -> Optional[Release]:
+        return next((release for release in self.all() if release.good_at and release.id != besides), None)
+
+    def stage(self, identifier: str, unit: str, environment: str, record: Dict[str, Any]) -> None:
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=self.folder, prefix=".staging-")
+        files = {"unit": unit, "environment": environment, "release.json": json.dumps(record, indent=2) + "\n"}
+        for name, content in files.items():
+            write_atomically(os.path.join(folder, name), content, 0o600)
+        # What is there under this id is damaged: a complete one is not staged again.
+        shutil.rmtree(self.path(identifier), ignore_errors=True)
+        os.rename(folder, self.path(identifier))
+
+    def mark_good(self, identifier: str) -> None:
+        write_atomically(self.path(identifier, "good"), "", 0o600)
+
+    def prune(self, keep: int, protect: str) -> List[str]:
+        """Deletes all but the ``keep`` that were good last and ``protect``; also what a killed run left half-staged."""
+        stay = {release.id for release in self.all()[:keep]} | {protect}
+        gone = [name for name in self.folders() if name not in stay]
+        for name in gone:
+            shutil.rmtree(self.path(name))
+        return gone
+
+    def note(self, entry: Dict[str, Any]) -> None:
+        with open(self.path("history.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def history(self, last: int) -> List[Dict[str, Any]]:
+        lines = (read(self.path("history.jsonl")) or "").splitlines()
+        return [json.loads(line) for line in lines[-last:]]
