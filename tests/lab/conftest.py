@@ -7,33 +7,38 @@ restores it, so tests run in any order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ansible_runner
 import pytest
-import testinfra
-import yaml
 from testinfra.host import Host
 
-from lab import INVENTORY, NODE, Play, Played, container_start
-from rendering import PROJECT, ROLES
+from lab import INVENTORY, NODE, Play, Played, container_start, node_named
+from rendering import PROJECT
 
 
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
     """``play("deploy.yml", check=True, some_variable=1)``: the command an operator would type, in the lab."""
 
-    def run(playbook: str, *, check: bool = False, **variables: Any) -> Played:
+    def run(
+        playbook: str,
+        *,
+        check: bool = False,
+        inventories: Sequence[Path] = (INVENTORY,),
+        limit: str = "ascend910",
+        **variables: Any,
+    ) -> Played:
         private = tmp_path_factory.mktemp("runner")
         started = time.monotonic()
         result = ansible_runner.run(
             private_data_dir=str(private),
             project_dir=str(PROJECT),
             playbook=playbook,
-            inventory=str(INVENTORY),
-            limit="ascend910",
+            inventory=[str(path) for path in inventories],
+            limit=limit,
             extravars=variables,
             cmdline="--check --diff" if check else None,
             quiet=True,
@@ -54,15 +59,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
 
 @pytest.fixture(scope="session")
 def node() -> Host:
-    hosts = yaml.safe_load(INVENTORY.read_text())["lab"]["children"]["lab_nodes"]["hosts"]
-    keys = (
-        Path(yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())["lab_host_state_dir"]) / "ssh"
-    )
-    return testinfra.get_host(
-        f"ssh://root@{hosts[NODE]['ansible_host']}",
-        ssh_identity_file=str(keys / "id_ed25519"),
-        ssh_extra_args=f"-o UserKnownHostsFile={keys / 'known_hosts'} -o IdentitiesOnly=yes",
-    )
+    return node_named(NODE)
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +82,14 @@ def service(deployed: Played, node: Host) -> Iterator[Host]:
     before = container_start(node)
     yield node
     assert container_start(node) == before, "the running service was touched"
+
+
+@pytest.fixture(scope="module")
+def restored(deployed: Played, play: Play) -> Iterator[None]:
+    """Whatever the module's tests do to the service, the next module finds the inventory's."""
+    yield
+    again = play("deploy.yml")
+    assert again.rc == 0, again.failures
 
 
 @pytest.fixture(autouse=True)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 from testinfra.host import Host
 
-from lab import STATE, WEIGHTS, Play, Played, chat, container_start, listener
+from lab import STATE, WEIGHTS, Play, Played, chat, container_start, listener, release
 
 #: Overwrites a safetensors file's tensors in place with bf16 numbers of magnitude 2^-6 to 2^-5 and random sign.
 #: Little-endian bf16: the low byte is the exponent's last bit and the mantissa, the high byte sign and exponent.
@@ -23,20 +22,6 @@ with open(sys.argv[1], "r+b") as file:
     file.seek(start)
     file.write(data)
 """
-
-
-def release(node: Host) -> str:
-    """The id of the release whose container runs."""
-    label = '{{index .Config.Labels "glm-ocr.release"}}'
-    return str(node.check_output(f"docker container inspect --format '{label}' glm-ocr"))
-
-
-@pytest.fixture
-def restored(deployed: Played, play: Play) -> Iterator[None]:
-    """Whatever the test does to the service, the next test finds the inventory's."""
-    yield
-    again = play("deploy.yml")
-    assert again.rc == 0, again.failures
 
 
 def booted(node: Host) -> str:

@@ -1,0 +1,62 @@
+"""A client that sends requests throughout and accounts for every one of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import requests
+
+from lab import chat
+
+COMPLETE = ("stop", "length")
+
+
+@dataclass
+class Ledger:
+    """``complete`` and ``refused`` count requests; ``lost`` tells those that ended as 200 without being complete."""
+
+    complete: int = 0
+    refused: int = 0
+    lost: list[str] = field(default_factory=list)
+
+    def account(self, number: int, url: str) -> bool:
+        """Sends one request; whether it was complete.  One that was refused is the sender's to repeat."""
+        try:
+            reply = chat(url, f"request {number}", max_tokens=8)
+        except requests.RequestException:
+            self.refused += 1
+            return False
+        if reply.status_code != 200:
+            self.refused += 1
+            return False
+        choice = reply.json()["choices"][0]
+        if choice["finish_reason"] not in COMPLETE:
+            self.lost.append(f"request {number}: finish_reason {choice['finish_reason']}")
+            return True
+        self.complete += 1
+        return True
+
+
+@contextmanager
+def ledger(url: str) -> Iterator[Ledger]:
+    """Sends one request after the other, each until it is complete, as long as the block runs."""
+    book, end = Ledger(), threading.Event()
+
+    def send() -> None:
+        number = 0
+        while not end.is_set():
+            if book.account(number, url):
+                number += 1
+            else:
+                end.wait(0.1)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        yield book
+    finally:
+        end.set()
+        sender.join()
