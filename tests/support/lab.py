@@ -89,11 +89,18 @@ def latest_report(name: str = NODE) -> Path:
     return PROJECT / "reports" / name / "latest"
 
 
+def preflight_report() -> Path:
+    """The newest preflight's findings."""
+    return max((PROJECT / "reports" / "preflight").iterdir()) / "preflight.json"
+
+
 @contextmanager
 def listener(node: Host, family: str, level: str, option: str, address: str) -> Iterator[str]:
     """A foreign process that listens on the service's port with one socket option set; yields its pid."""
     code = (
-        f"import socket,signal; s=socket.socket(socket.{family}); s.setsockopt(socket.{level}, socket.{option}, 1);"
+        # SO_REUSEADDR, as every server sets it: connections of the service before may still be in TIME_WAIT.
+        f"import socket,signal; s=socket.socket(socket.{family}); s.setsockopt(socket.SOL_SOCKET,"
+        f" socket.SO_REUSEADDR, 1); s.setsockopt(socket.{level}, socket.{option}, 1);"
         f" s.bind(('{address}', 8000)); s.listen(); print(1, flush=True); signal.pause()"
     )
     node.check_output("rm -f /run/listener.ready")

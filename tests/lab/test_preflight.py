@@ -1,0 +1,97 @@
+"""What the preflight finds on a real host, with the service untouched: rows of docs/failure-modes.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from testinfra.host import Host
+
+from lab import Play, preflight_report
+
+NPU_SMI = "/usr/local/bin/npu-smi"
+ABSENT_IMAGE = "registry.lab:5000/glm-ocr-lab/absent:1"
+
+
+@contextmanager
+def changed(node: Host, do: str, undo: str) -> Iterator[None]:
+    node.check_output(do)
+    try:
+        yield
+    finally:
+        node.check_output(undo)
+
+
+def edited(path: str, expression: str) -> tuple[str, str]:
+    """Commands that edit a file with sed, and put it back."""
+    return f"cp -p {path} /run/original && sed -i {expression} {path}", f"cp -p /run/original {path}"
+
+
+@pytest.mark.parametrize(
+    ("do", "undo", "finding", "found"),
+    [
+        pytest.param(
+            *edited(NPU_SMI, "'s/No running processes found in NPU 0 .*/0       0   | 1 | systemd | 51200  |/'"),
+            "NPU_OCCUPIED",
+            "systemd",
+            id="held by a process",
+        ),
+        pytest.param(*edited(NPU_SMI, "'0,/| OK /s//| Alarm /'"), "NPU_HEALTH", "Alarm", id="unhealthy"),
+        pytest.param(*edited(NPU_SMI, "'/C2:00.0/d'"), "NPU_SMI", "npu-smi", id="truncated output"),
+        pytest.param(
+            "rm /dev/davinci0 /dev/davinci1",
+            "mknod /dev/davinci0 c 1 3 && mknod /dev/davinci1 c 1 3",
+            "HOST_DEVICES",
+            "/dev/davinci0, /dev/davinci1",
+            id="device nodes absent",
+        ),
+        pytest.param(
+            "mv /usr/local/Ascend/driver/lib64 /usr/local/Ascend/driver/lib65",
+            "mv /usr/local/Ascend/driver/lib65 /usr/local/Ascend/driver/lib64",
+            "HOST_DRIVER",
+            "/usr/local/Ascend/driver/lib64",
+            id="driver libraries absent",
+        ),
+        pytest.param(
+            *edited("/usr/local/Ascend/driver/version.info", "'s/25[.]/23./g'"),
+            "HOST_DRIVER_VERSION",
+            "23.",
+            id="old driver",
+        ),
+    ],
+)
+def test_a_fault_of_the_host_is_named(do: str, undo: str, finding: str, found: str, service: Host, play: Play) -> None:
+    with changed(service, do, undo):
+        refused = play("playbooks/preflight.yml")
+    assert refused.rc != 0
+    assert f"[{finding}]" in refused.failures
+    assert found in refused.failures
+    reported = {(entry["id"], entry["host"]) for entry in json.loads(preflight_report().read_text())["findings"]}
+    assert (finding, "node1") in reported
+
+
+@pytest.mark.parametrize(
+    ("variables", "finding"),
+    [
+        ({"glm_ocr_image": "quay.io/ascend/vllm-ascend:v0.18.0rc1-a3"}, "IMAGE_VARIANT"),
+        ({"glm_ocr_image": ABSENT_IMAGE, "ascend_host_image_space_gib": 1_000_000}, "HOST_DISK"),
+        ({"vllm_service_extra_environment": {"ASCEND_RT_VISIBLE_DEVICES": "0, 1"}}, "NPU_VISIBLE"),
+    ],
+)
+def test_a_choice_that_does_not_fit_the_host_is_refused(
+    variables: dict[str, object], finding: str, service: Host, play: Play
+) -> None:
+    refused = play("deploy.yml", **variables)
+    assert refused.rc != 0
+    assert f"[{finding}]" in refused.failures
+
+
+def test_a_healthy_host_has_no_errors_and_the_idle_card_is_a_warning(service: Host, play: Play) -> None:
+    passed = play("playbooks/preflight.yml")
+    assert (passed.rc, passed.changed) == (0, 0), passed.failures
+    report = json.loads(preflight_report().read_text())
+    assert {entry["severity"] for entry in report["findings"]} <= {"warning"}
+    assert "NPU_IDLE" in {entry["id"] for entry in report["findings"]}
+    assert all(entry["fix"] and entry["fix_zh"] for entry in report["findings"])
