@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.npu_checks import PciDevice
 from ansible.module_utils.npu_smi import NpuSmiError, Process
 
 import ascend_host_check as module
@@ -305,6 +306,14 @@ def test_a_truncated_table_is_told_and_the_rest_is_still_checked(look: Look, arg
     path.write_text(path.read_text().replace("| 0                         | 0000:C2:00.0", "| 0      "))
     found = look({**arguments, "shm_size": "1m"})
     assert set(found) == {"NPU_SMI", "HOST_SHM"}
+
+
+def test_the_pci_bus_tells_the_chip_when_npu_smi_does_not(
+    look: Look, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pci_npus", lambda: [PciDevice("0000:c1:00.0", "910")])
+    found = look({**arguments, "driver_paths": ["/opt/absent/npu-smi", arguments["driver_paths"][1]]})
+    assert set(found) == {"HOST_DRIVER", "NPU_SMI", "NPU_UNSUPPORTED"}
 
 
 def test_everything_wrong_is_told_at_once(look: Look, arguments: dict[str, Any]) -> None:
