@@ -1,4 +1,4 @@
-"""Makes the project's Python importable: the scripts, the roles' modules and module_utils, the tests' helpers."""
+"""Makes the project's Python importable: scripts, the roles' modules, plugins and module_utils, the tests' helpers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ for folder in (
     PROJECT / "files" / "scripts",
     *PROJECT.glob("roles/*/library"),
     *PROJECT.glob("roles/*/filter_plugins"),
+    *PROJECT.glob("roles/*/action_plugins"),
     PROJECT / "roles" / "vllm_service" / "files",
 ):
     sys.path.insert(0, str(folder))

@@ -1,4 +1,4 @@
-"""The image: pulled though the registry goes away, waited for when slow, refused when it is not the one that is meant."""
+"""The image: pulled though the registry goes away, waited for when slow, refused when it is not the one meant."""
 
 from __future__ import annotations
 

@@ -3,13 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
-from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Tuple
+import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
+from ansible.module_utils import host_checks as host
+from ansible.module_utils import npu_checks as npu
+from ansible.module_utils import npu_smi
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.findings import Finding, as_result
 
@@ -23,15 +29,23 @@ options:
   container_name: {type: str, required: true, description: Our own container; what it holds is no conflict.}
   image: {type: str, required: true, description: Image name; disk is asked for only while it is absent.}
   image_space_gib: {type: int, required: true, description: Free space the image needs, in GiB.}
+  memory_gib: {type: int, required: true, description: "Memory in GiB; asked for while the engine does not run."}
+  shm_size: {type: str, required: true, description: Size of /dev/shm in the container.}
   weights_path: {type: str, required: true, description: Folder of the model.}
   port: {type: int, required: true, description: TCP port that must be free or ours.}
   devices: {type: list, elements: str, required: true, description: Device nodes that must exist.}
   driver_paths: {type: list, elements: str, required: true, description: Driver files that must exist.}
+  driver_versions: {type: list, elements: str, required: true, description: Releases of Ascend HDK the image supports.}
+  visible_devices: {type: str, description: ASCEND_RT_VISIBLE_DEVICES; unset when it is not given.}
+  npus_needed: {type: int, required: true, description: NPUs the engine starts on.}
+  memory_utilization: {type: float, required: true, description: Share of an NPU's memory the engine reserves.}
+  controller_epoch: {type: float, required: true, description: "The controller's clock, in seconds since 1970."}
+  clock_skew_seconds: {type: int, required: true, description: "Skew that is tolerated, the way to the host included."}
 author: [glm-ocr-ascend]
 """
 
 RETURN = r"""
-findings: {type: list, elements: dict, returned: always, description: "id, expected, found, fix"}
+findings: {type: list, elements: dict, returned: always, description: "id, severity, expected, found, fix, fix_zh"}
 message: {type: str, returned: always, description: The findings as text.}
 """
 
@@ -41,134 +55,77 @@ EXAMPLES = r"""
     container_name: glm-ocr
     image: quay.io/ascend/vllm-ascend:v0.18.0rc1
     image_space_gib: 40
+    memory_gib: 16
+    shm_size: 1g
     weights_path: /opt/atomgit/weights/GLM-OCR-bf16
     port: 8000
     devices: [/dev/davinci0]
     driver_paths: [/usr/local/bin/npu-smi]
+    driver_versions: ["25.5"]
+    visible_devices: "0"
+    npus_needed: 1
+    memory_utilization: 0.85
+    controller_epoch: "{{ now().timestamp() }}"
+    clock_skew_seconds: 30
 """
 
-
-@dataclass(frozen=True)
-class Holder:
-    """A process that listens on the port; ``ancestors`` are its own pid and those of its parents."""
-
-    pid: int
-    command: str
-    ancestors: Tuple[int, ...]
-
-
-# --- pure: what the observations mean ---------------------------------------------------------------------
+#: What `ENGINE info` is asked for: version and the folder of the images.
+ENGINE_FORMAT = {
+    "docker": "{{.ServerVersion}} {{.DockerRootDir}}",
+    "podman": "{{.Version.Version}} {{.Store.GraphRoot}}",
+}
+VERSION_INFO = "/usr/local/Ascend/driver/version.info"
+PCI_DEVICES = "/sys/bus/pci/devices"
 
 
-def check_engine(name: str, version: Optional[str], error: str) -> List[Finding]:
-    if version:
-        return []
-    fix = f"install {name} and start it: systemctl enable --now {name}"
-    if name == "podman":
-        fix = "install podman; `podman info` must work for root"
-    return [Finding("HOST_ENGINE", f"a working {name}", error or "no answer", fix)]
-
-
-def check_space(image: str, path: str, free_bytes: int, needed_gib: int) -> List[Finding]:
-    free_gib = free_bytes / 2**30
-    if free_gib >= needed_gib:
-        return []
-    return [
-        Finding(
-            "HOST_DISK",
-            f"{needed_gib} GiB free under {path} for {image}",
-            f"{free_gib:.1f} GiB",
-            f"free space (`df -h {path}`), or set ascend_host_image_space_gib if the image is smaller",
-        )
-    ]
-
-
-def check_paths(identifier: str, what: str, missing: Iterable[str], fix: str) -> List[Finding]:
-    names = list(missing)
-    return [Finding(identifier, what, "missing: " + ", ".join(names), fix)] if names else []
-
-
-def check_weights(path: str, names: Optional[List[str]]) -> List[Finding]:
-    """``names`` are the folder's entries, None when it is not a folder."""
-    expected = f"the model in {path} (config.json and *.safetensors)"
-    fix = f"put the weights there (`ls {path}`), or correct glm_ocr_weights_path"
-    if names is None:
-        return [Finding("HOST_WEIGHTS", expected, "no such folder", fix)]
-    if not names:
-        return [Finding("HOST_WEIGHTS", expected, "an empty folder: is its file system mounted?", fix)]
-    missing = [] if "config.json" in names else ["config.json"]
-    if not any(name.endswith(".safetensors") for name in names):
-        missing.append("*.safetensors")
-    return check_paths("HOST_WEIGHTS", expected, missing, fix)
-
-
-def check_port(port: int, holders: List[Holder], own_pid: Optional[int]) -> List[Finding]:
-    """``own_pid`` is the pid of our running container's first process, None when it does not run."""
-    foreign = [holder for holder in holders if own_pid is None or own_pid not in holder.ancestors]
-    return [
-        Finding(
-            "HOST_PORT",
-            f"TCP port {port} free, or held by our own service",
-            f"held by pid {holder.pid}: {holder.command}",
-            f"stop that process (`ss -lntp | grep ':{port} '`), or choose another glm_ocr_port",
-        )
-        for holder in foreign
-    ]
-
-
-def listening_inodes(table: str, port: int) -> List[str]:
-    """Socket inodes that listen on ``port`` in the text of /proc/net/tcp or tcp6 (proc(5): state 0A)."""
-    inodes = []
-    for line in table.splitlines()[1:]:
-        fields = line.split()
-        if len(fields) > 9 and fields[3] == "0A" and int(fields[1].rsplit(":", 1)[1], 16) == port:
-            inodes.append(fields[9])
-    return inodes
-
-
-# --- edges: what is observed ------------------------------------------------------------------------------
-
-
-def run(command: List[str]) -> Tuple[int, str, str]:
+def run(command: Sequence[str], timeout: float = 60) -> Tuple[int, str, str]:
+    """Exit status, standard output and error.  127: it cannot be run, 124: it did not answer."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60, check=False)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
     except FileNotFoundError:
         return 127, "", f"{command[0]} is not installed"
+    except OSError as error:
+        return 127, "", f"{command[0]}: {error.strerror}"
+    try:
+        output, errors = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        return 124, "", f"`{' '.join(command)}` did not answer within 60 s"
-    return done.returncode, done.stdout.decode(errors="replace").strip(), done.stderr.decode(errors="replace").strip()
+        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver it does not even die of SIGKILL
+            process.communicate(timeout=1)
+        return 124, "", f"`{' '.join(command)}` did not answer within {timeout:.0f} s"
+    return process.returncode, output.decode(errors="replace").strip(), errors.decode(errors="replace").strip()
+
+
+def read(path: str) -> str:
+    """The text of a file, empty when it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+# --- processes --------------------------------------------------------------------------------------------
 
 
 def parent(pid: int) -> int:
-    with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
-        # The command in parentheses may hold spaces: fields count from behind the last one.
-        return int(file.read().rsplit(")", 1)[1].split()[1])
+    # The command in parentheses may hold spaces: fields count from behind the last one.
+    fields = read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    return int(fields[1]) if fields else 0
 
 
 def ancestors(pid: int) -> Tuple[int, ...]:
     chain = []
     while pid > 0:
         chain.append(pid)
-        try:
-            pid = parent(pid)
-        except OSError:
-            break
+        pid = parent(pid)
     return tuple(chain)
 
 
-def command_of(pid: int) -> str:
-    with open(f"/proc/{pid}/cmdline", "rb") as file:
-        return file.read().replace(b"\0", b" ").decode(errors="replace").strip()
-
-
-def port_holders(port: int) -> List[Holder]:
-    inodes = set()
-    for name in ("tcp", "tcp6"):
-        try:
-            with open(f"/proc/net/{name}", encoding="ascii") as file:
-                inodes.update(listening_inodes(file.read(), port))
-        except FileNotFoundError:  # a kernel without IPv6
-            continue
+def port_holders(port: int) -> List[host.Holder]:
+    inodes = [inode for name in ("tcp", "tcp6") for inode in host.listening_inodes(read(f"/proc/net/{name}"), port)]
     targets = {f"socket:[{inode}]" for inode in inodes}
     holders = []
     for entry in os.listdir("/proc") if targets else []:
@@ -177,12 +134,105 @@ def port_holders(port: int) -> List[Holder]:
         folder = f"/proc/{entry}/fd"
         try:
             if any(os.readlink(os.path.join(folder, fd)) in targets for fd in os.listdir(folder)):
-                holders.append(Holder(int(entry), command_of(int(entry)), ancestors(int(entry))))
+                command = read(f"/proc/{entry}/cmdline").replace("\0", " ").strip()
+                holders.append(host.Holder(int(entry), command, ancestors(int(entry))))
         except OSError:  # the process ended meanwhile
             continue
     if targets and not holders:
-        holders.append(Holder(0, "a process in another container or of the kernel", ()))
+        holders.append(host.Holder(0, "a process in another container or of the kernel", ()))
     return holders
+
+
+def npu_holders(processes: Sequence[npu_smi.Process], engine: str) -> Dict[int, host.Holder]:
+    """Who holds the NPUs, by pid.  Not the command line: that of a foreign service may hold its keys."""
+    holders: Dict[int, host.Holder] = {}
+    containers = {"": ""}
+    for process in processes:
+        pid = process.pid
+        identifier = host.container_id(read(f"/proc/{pid}/cgroup"))
+        if identifier not in containers:
+            rc, name, _ = run([engine, "container", "inspect", "--format", "{{.Name}}", identifier])
+            containers[identifier] = name.lstrip("/") if rc == 0 else f"{identifier[:12]}, unknown to {engine}"
+        command = process.name or read(f"/proc/{pid}/comm").strip() or "a process that is not seen here"
+        holders[pid] = host.Holder(pid, command, ancestors(pid), containers[identifier])
+    return holders
+
+
+# --- what is looked at ------------------------------------------------------------------------------------
+
+
+def look_at_engine(arguments: Dict[str, Any]) -> Tuple[Optional[int], List[Finding]]:
+    """The pid of our running container, None when there is none, and the findings."""
+    engine, image, name = arguments["container_engine"], arguments["image"], arguments["container_name"]
+    rc, output, error = run([engine, "info", "--format", ENGINE_FORMAT[engine]])
+    version, _, store = output.partition(" ") if rc == 0 else ("", "", "")
+    findings: List[Finding] = host.check_engine(engine, version, error)
+    if not version:
+        return None, findings
+
+    rc, architecture, _ = run([engine, "image", "inspect", "--format", "{{.Architecture}}", image])
+    if rc == 0:
+        findings += host.check_architecture(image, architecture, os.uname().machine)
+    elif os.path.isdir(store):
+        findings += host.check_space(image, store, shutil.disk_usage(store).free, arguments["image_space_gib"])
+
+    rc, output, _ = run([engine, "container", "inspect", name])
+    container = json.loads(output)[0] if rc == 0 else {}
+    labels = (container["Config"]["Labels"] or {}) if container else None
+    findings += host.check_container(name, labels, engine)
+    pid = container["State"]["Pid"] if host.OUR_LABEL in (labels or {}) else 0
+    return pid or None, findings
+
+
+def look_at_npus(arguments: Dict[str, Any], own_pid: Optional[int]) -> List[Finding]:
+    devices, needed = arguments["devices"], arguments["npus_needed"]
+    mapped = host.card_numbers(devices)
+    findings: List[Finding] = []
+    visible, found = npu.visible_ids(arguments["visible_devices"], len(mapped), needed)
+    findings += found or npu.check_idle(len(visible), needed)
+
+    table = npu_smi.Table((), ())
+    chips: Dict[int, npu_smi.Chip] = {}
+    try:
+        table = npu_smi.parse_info(ask_npu_smi(arguments["driver_paths"]))
+        nodes = set(host.card_numbers(os.path.join("/dev", name) for name in os.listdir("/dev")))
+        chips = npu_smi.by_device_number(table.chips, nodes, lambda: ask_npu_smi(arguments["driver_paths"], "-m"))
+        findings += npu.check_absent(chips, host.card_numbers(filter(is_device, devices)))
+    except npu_smi.NpuSmiError as error:
+        findings += npu.check_npu_smi(str(error))
+
+    cards = npu.cards_of(chips, mapped, visible, needed)
+    holders = npu_holders(table.processes, arguments["container_engine"])
+    findings += npu.check_health(cards)
+    findings += npu.check_occupied(cards, table.processes, holders, own_pid)
+    findings += npu.check_device_memory(cards, table.processes, holders, own_pid, arguments["memory_utilization"])
+    on_bus = pci_npus()
+    findings += npu.check_pci(on_bus, table.chips)
+    # Those we map, else whatever the host has.
+    lines = [npu.product_line(card.chip) for card in cards if card.mapped] or [device.line for device in on_bus]
+    findings += npu.check_supported(lines)
+    findings += npu.check_variant(arguments["image"], lines)
+    return findings
+
+
+def ask_npu_smi(driver_paths: Sequence[str], *options: str) -> str:
+    """What `npu-smi info` prints.  Raises ``NpuSmiError`` when it is missing, fails or hangs."""
+    name = next((path for path in driver_paths if os.path.basename(path) == "npu-smi"), "npu-smi")
+    # The search path of sudo often lacks /usr/local, where the driver puts it.
+    places = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/bin", "/usr/local/sbin"])
+    rc, output, error = run([shutil.which(name, path=places) or name, "info", *options])
+    if rc != 0:
+        raise npu_smi.NpuSmiError(f"exit status {rc}: {' '.join((error or output).split())[:300]}")
+    return output
+
+
+def pci_npus() -> List[npu.PciDevice]:
+    found = []
+    for bus_id in sorted(os.listdir(PCI_DEVICES)) if os.path.isdir(PCI_DEVICES) else []:
+        if read(f"{PCI_DEVICES}/{bus_id}/vendor").strip() == npu.PCI_VENDOR:
+            line = npu.PCI_LINES.get(read(f"{PCI_DEVICES}/{bus_id}/device").strip())
+            found += [npu.PciDevice(bus_id, line)] if line else []
+    return found
 
 
 def is_device(path: str) -> bool:
@@ -192,53 +242,60 @@ def is_device(path: str) -> bool:
         return False
 
 
+def look_at_driver(arguments: Dict[str, Any]) -> List[Finding]:
+    missing = [path for path in arguments["driver_paths"] if not os.path.exists(path)]
+    findings: List[Finding] = host.check_driver_files(missing)
+    path = next((path for path in arguments["driver_paths"] if os.path.basename(path) == "version.info"), VERSION_INFO)
+    if path not in missing:
+        findings += host.check_driver_version(host.driver_version(read(path)), arguments["driver_versions"])
+    return findings
+
+
 def look(arguments: Dict[str, Any]) -> List[Finding]:
-    engine = arguments["container_engine"]
-    findings: List[Finding] = []
-    if not os.path.isdir("/run/systemd/system"):
-        found = "another init system"
-        findings.append(Finding("HOST_SYSTEMD", "systemd as init", found, "boot the host with systemd"))
-
-    root_format = "{{.DockerRootDir}}" if engine == "docker" else "{{.Store.GraphRoot}}"
-    rc, store, error = run([engine, "info", "--format", root_format])
-    findings += check_engine(engine, store if rc == 0 else None, error)
-    own_pid = None
-    if rc == 0:
-        if run([engine, "image", "inspect", arguments["image"]])[0] != 0 and os.path.isdir(store):
-            free = shutil.disk_usage(store).free
-            findings += check_space(arguments["image"], store, free, arguments["image_space_gib"])
-        rc, pid, _ = run([engine, "container", "inspect", "--format", "{{.State.Pid}}", arguments["container_name"]])
-        own_pid = int(pid) if rc == 0 and pid.isdigit() and int(pid) > 0 else None
-
-    findings += check_paths(
-        "HOST_DEVICES",
-        "the device nodes of the inventory",
-        [path for path in arguments["devices"] if not is_device(path)],
-        "check the driver and the cards (`npu-smi info`, `ls -l /dev/davinci*`), or correct glm_ocr_devices",
+    findings: List[Finding] = host.check_clock(
+        time.time(), arguments["controller_epoch"], arguments["clock_skew_seconds"]
     )
-    findings += check_paths(
-        "HOST_DRIVER",
-        "the driver's files",
-        [path for path in arguments["driver_paths"] if not os.path.exists(path)],
-        "install the NPU driver and firmware, or correct glm_ocr_driver_paths",
-    )
+    _, version, _ = run(["systemctl", "--version"])
+    findings += host.check_systemd(os.path.isdir("/run/systemd/system"), version.partition("\n")[0])
+    own_pid, found = look_at_engine(arguments)
+    findings += found
+    findings += host.check_devices(arguments["devices"], [path for path in arguments["devices"] if not is_device(path)])
+    findings += look_at_driver(arguments)
+    findings += look_at_npus(arguments, own_pid)
+
+    meminfo = read("/proc/meminfo")
+    if own_pid is None:
+        findings += host.check_host_memory(host.memory_bytes(meminfo, "MemAvailable"), arguments["memory_gib"])
+    findings += host.check_shm(arguments["shm_size"], host.memory_bytes(meminfo, "MemTotal"))
     weights = arguments["weights_path"]
-    findings += check_weights(weights, sorted(os.listdir(weights)) if os.path.isdir(weights) else None)
-    findings += check_port(arguments["port"], port_holders(arguments["port"]), own_pid)
+    findings += host.check_weights(
+        weights,
+        sorted(os.listdir(weights)) if os.path.isdir(weights) else None,
+        host.unmounted(read("/etc/fstab"), read("/proc/self/mounts"), os.path.realpath(weights)),
+    )
+    findings += host.check_port(arguments["port"], port_holders(arguments["port"]), own_pid)
     return findings
 
 
 def main() -> None:
     module = AnsibleModule(
         argument_spec={
-            "container_engine": {"type": "str", "required": True},
+            "container_engine": {"type": "str", "required": True, "choices": sorted(ENGINE_FORMAT)},
             "container_name": {"type": "str", "required": True},
             "image": {"type": "str", "required": True},
             "image_space_gib": {"type": "int", "required": True},
+            "memory_gib": {"type": "int", "required": True},
+            "shm_size": {"type": "str", "required": True},
             "weights_path": {"type": "str", "required": True},
             "port": {"type": "int", "required": True},
             "devices": {"type": "list", "elements": "str", "required": True},
             "driver_paths": {"type": "list", "elements": "str", "required": True},
+            "driver_versions": {"type": "list", "elements": "str", "required": True},
+            "visible_devices": {"type": "str"},
+            "npus_needed": {"type": "int", "required": True},
+            "memory_utilization": {"type": "float", "required": True},
+            "controller_epoch": {"type": "float", "required": True},
+            "clock_skew_seconds": {"type": "int", "required": True},
         },
         supports_check_mode=True,
     )

@@ -5,17 +5,60 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Dict, Sequence
 
+ERROR = "error"
+WARNING = "warning"
+
+#: Every id a finding may have, and what it is about.  A finding with another id cannot be made.
+CATALOGUE: Dict[str, str] = {
+    "HOST_UNREACHABLE": "the host did not answer, or could not be checked to the end",
+    "HOST_PYTHON": "Python that Ansible's modules need",
+    "HOST_SYSTEMD": "the init system and its version",
+    "HOST_ENGINE": "the container engine and its version",
+    "HOST_CONTAINER": "a container of someone else with our name",
+    "HOST_PORT": "the port of the service",
+    "HOST_DISK": "space for the image",
+    "HOST_MEMORY": "memory for the engine",
+    "HOST_SHM": "the size of /dev/shm in the container",
+    "HOST_CLOCK": "the clock, against the controller's",
+    "HOST_WEIGHTS": "the model's folder and the file system it is on",
+    "HOST_DEVICES": "the device nodes",
+    "HOST_DRIVER": "the driver's files",
+    "HOST_DRIVER_VERSION": "the driver's version, against what CANN in the image supports",
+    "HOST_PCI": "the NPUs on the PCI bus, against those of npu-smi",
+    "IMAGE_VARIANT": "the variant of the image, against the chip",
+    "IMAGE_ARCHITECTURE": "the CPU architecture of the image, against the host's",
+    "NPU_SMI": "npu-smi and what it prints",
+    "NPU_ABSENT": "a mapped device that npu-smi does not show",
+    "NPU_UNSUPPORTED": "a chip vLLM-Ascend does not run on",
+    "NPU_HEALTH": "the health of the NPUs",
+    "NPU_OCCUPIED": "processes of others on the NPUs",
+    "NPU_MEMORY": "free device memory, against what the engine reserves",
+    "NPU_VISIBLE": "ASCEND_RT_VISIBLE_DEVICES, against the mapped devices",
+    "NPU_IDLE": "a mapped NPU the engine does not use",
+    "WEIGHTS_CONFIG": "the model's config.json",
+    "WEIGHTS_FORMAT": "the format of the weights",
+    "WEIGHTS_DAMAGED": "damaged or truncated weights",
+}
+
 
 @dataclass(frozen=True)
 class Finding:
+    """``fix`` and ``fix_zh`` say the same, with the command to type.  Errors stop a deployment, warnings do not."""
+
     id: str
     expected: str
     found: str
     fix: str
+    fix_zh: str
+    severity: str = ERROR
+
+    def __post_init__(self) -> None:
+        if self.id not in CATALOGUE or self.severity not in (ERROR, WARNING):
+            raise ValueError(f"not a finding: {self.id} ({self.severity})")
 
 
 def as_result(findings: Sequence[Finding], subject: str) -> Dict[str, Any]:
     """The part of a module's result that tells its findings, as data and as text."""
     lines = [f"{len(findings)} finding(s) about {subject}; nothing was changed on this host."]
-    lines += [f"[{f.id}] expected {f.expected}; found {f.found}. Fix: {f.fix}" for f in findings]
+    lines += [f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix}" for f in findings]
     return {"findings": [asdict(finding) for finding in findings], "message": "\n".join(lines)}

@@ -23,7 +23,7 @@ author: [glm-ocr-ascend]
 """
 
 RETURN = r"""
-findings: {type: list, elements: dict, returned: always, description: "id, expected, found, fix"}
+findings: {type: list, elements: dict, returned: always, description: "id, severity, expected, found, fix, fix_zh"}
 message: {type: str, returned: always, description: The findings as text.}
 fingerprint: {type: str, returned: always, description: "SHA-256 over name, size and mtime of every file"}
 """
@@ -40,16 +40,17 @@ MAX_HEADER_BYTES = 100_000_000
 
 def check_config(path: str, architecture: str) -> List[Finding]:
     fix = f"take config.json from the publisher of the model, or correct glm_ocr_weights_path ({path})"
+    fix_zh = f"使用模型发布方提供的 config.json，或修正 glm_ocr_weights_path（{path}）"
     expected = f"config.json with architectures [{architecture}]"
     try:
         with open(os.path.join(path, "config.json"), encoding="utf-8") as file:
             found = json.load(file)
     except (OSError, ValueError) as error:
-        return [Finding("WEIGHTS_CONFIG", expected, str(error), fix)]
+        return [Finding("WEIGHTS_CONFIG", expected, str(error), fix, fix_zh)]
     named = found.get("architectures") if isinstance(found, dict) else None
     if isinstance(named, list) and architecture in named:
         return []
-    return [Finding("WEIGHTS_CONFIG", expected, f"architectures {named}", fix)]
+    return [Finding("WEIGHTS_CONFIG", expected, f"architectures {named}", fix, fix_zh)]
 
 
 def safetensors_size(path: str) -> int:
@@ -71,20 +72,21 @@ def safetensors_size(path: str) -> int:
 
 def check_tensors(path: str) -> List[Finding]:
     fix = f"copy the file again from a trusted source into {path}"
+    fix_zh = f"从可信来源重新复制该文件到 {path}"
     findings = []
     names = sorted(name for name in os.listdir(path) if name.endswith(".safetensors"))
     if not names:
-        findings.append(Finding("WEIGHTS_FORMAT", "*.safetensors files", "none", fix))
+        findings.append(Finding("WEIGHTS_FORMAT", "*.safetensors files", "none", fix, fix_zh))
     for name in names:
         file = os.path.join(path, name)
         try:
             promised, size = safetensors_size(file), os.path.getsize(file)
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-            findings.append(Finding("WEIGHTS_DAMAGED", f"{name} in safetensors format", str(error), fix))
+            findings.append(Finding("WEIGHTS_DAMAGED", f"{name} in safetensors format", str(error), fix, fix_zh))
             continue
         if promised != size:
             expected = f"{name} of {promised} bytes, as its header says"
-            findings.append(Finding("WEIGHTS_DAMAGED", expected, f"{size} bytes", fix))
+            findings.append(Finding("WEIGHTS_DAMAGED", expected, f"{size} bytes", fix, fix_zh))
     return findings
 
 
@@ -111,7 +113,8 @@ def main() -> None:
     if os.path.isdir(path):
         findings = check_config(path, module.params["architecture"]) + check_tensors(path)
     else:
-        findings = [Finding("WEIGHTS_CONFIG", f"the model in {path}", "no such folder", "correct glm_ocr_weights_path")]
+        fix, fix_zh = "correct glm_ocr_weights_path", "修正 glm_ocr_weights_path"
+        findings = [Finding("WEIGHTS_CONFIG", f"the model in {path}", "no such folder", fix, fix_zh)]
     module.exit_json(
         changed=False,
         fingerprint=fingerprint(path) if os.path.isdir(path) else "",
