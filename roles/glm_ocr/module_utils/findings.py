@@ -12,10 +12,15 @@ class Finding:
     expected: str
     found: str
     fix: str
+    fix_zh: str = ""
+    #: "error" stands in the way, "warning" does not.
+    severity: str = "error"
 
 
 def as_result(findings: Sequence[Finding], subject: str) -> Dict[str, Any]:
     """The part of a module's result that tells its findings, as data and as text."""
     lines = [f"{len(findings)} finding(s) about {subject}; nothing was changed on this host."]
-    lines += [f"[{f.id}] expected {f.expected}; found {f.found}. Fix: {f.fix}" for f in findings]
+    for finding in findings:
+        line = f"[{finding.id}] expected {finding.expected}; found {finding.found}. Fix: {finding.fix}"
+        lines.append(line + (f" 处理：{finding.fix_zh}" if finding.fix_zh else ""))
     return {"findings": [asdict(finding) for finding in findings], "message": "\n".join(lines)}
