@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
-from typing import Any
-
 import pytest
 from ansible.module_utils import host_checks as host
-
-import vllm_weights_check as weights
 
 GIB = 2**30
 
@@ -236,57 +229,3 @@ def test_memory_is_read_from_meminfo() -> None:
     assert host.memory_bytes(meminfo, "MemAvailable") == 20 * GIB
     with pytest.raises(ValueError, match="MemFree"):
         host.memory_bytes(meminfo, "MemFree")
-
-
-# --- weights ----------------------------------------------------------------------------------------------
-
-
-def safetensors(data: bytes = b"\0" * 8) -> bytes:
-    header = json.dumps({"t": {"dtype": "BF16", "shape": [4], "data_offsets": [0, 8]}}).encode()
-    return len(header).to_bytes(8, "little") + header + data
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["GlmOcrForConditionalGeneration"]}))
-    (tmp_path / "model.safetensors").write_bytes(safetensors())
-    return tmp_path
-
-
-def findings(model: Path) -> list[Any]:
-    found: list[Any] = weights.check_config(str(model), "GlmOcrForConditionalGeneration")
-    return found + weights.check_tensors(str(model))
-
-
-def test_whole_weights_have_no_findings(model: Path) -> None:
-    assert findings(model) == []
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "identifier"),
-    [
-        ("config.json", b'{"architectures": ["Qwen2VLForConditionalGeneration"]}', "WEIGHTS_CONFIG"),
-        ("config.json", b"[]", "WEIGHTS_CONFIG"),
-        ("config.json", b"{", "WEIGHTS_CONFIG"),
-        ("model.safetensors", safetensors()[:-1], "WEIGHTS_DAMAGED"),
-        ("model.safetensors", safetensors() + b"\0", "WEIGHTS_DAMAGED"),
-        ("model.safetensors", b"", "WEIGHTS_DAMAGED"),
-        ("model.safetensors", b"\xff" * 64, "WEIGHTS_DAMAGED"),
-        ("model.safetensors", (2).to_bytes(8, "little") + b"[]", "WEIGHTS_DAMAGED"),
-    ],
-)
-def test_damaged_weights_are_found(file: str, content: bytes, identifier: str, model: Path) -> None:
-    (model / file).write_bytes(content)
-    assert [finding.id for finding in findings(model)] == [identifier]
-
-
-def test_pickled_weights_alone_are_refused(model: Path) -> None:
-    (model / "model.safetensors").rename(model / "pytorch_model.bin")
-    assert [finding.id for finding in findings(model)] == ["WEIGHTS_FORMAT"]
-
-
-def test_the_fingerprint_follows_the_files(model: Path) -> None:
-    before = weights.fingerprint(str(model))
-    assert weights.fingerprint(str(model)) == before
-    os.utime(model / "model.safetensors", ns=(1, 1))
-    assert weights.fingerprint(str(model)) != before

@@ -119,6 +119,10 @@ def test_the_release_changes_with_what_the_engine_runs(change: dict[str, object]
         ({"vllm_service_environment": {"A": "1\n2"}}, "A in vllm_service_environment must be one line"),
         ({"vllm_service_environment": {"OMP_PROC_BIND": False}}, "must be a string"),
         ({"vllm_service_flags": {"--port": 1}}, "without leading dashes, found --port"),
+        (
+            {"glm_ocr_trust_remote_code": False, "vllm_service_extra_flags": {"trust-remote-code": True}},
+            "trust-remote-code is on and glm_ocr_trust_remote_code is off",
+        ),
     ],
 )
 def test_what_cannot_be_rendered_is_named(overrides: dict[str, object], complaint: str, tmp_path: Path) -> None:

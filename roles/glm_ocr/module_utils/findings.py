@@ -38,6 +38,13 @@ CATALOGUE: Dict[str, str] = {
     "WEIGHTS_CONFIG": "the model's config.json",
     "WEIGHTS_FORMAT": "the format of the weights",
     "WEIGHTS_DAMAGED": "damaged or truncated weights",
+    "WEIGHTS_PICKLE": "weights in a format that runs code when it is loaded",
+    "WEIGHTS_CODE": "Python files beside the weights",
+    "WEIGHTS_MANIFEST": "the manifest itself",
+    "WEIGHTS_MISSING": "a file that the manifest lists and the folder lacks",
+    "WEIGHTS_EXTRA": "a file that the engine could load and the manifest does not list",
+    "WEIGHTS_ALTERED": "a file that is not the one the manifest lists",
+    "WEIGHTS_UNVERIFIED": "weights without a manifest",
 }
 
 
@@ -60,5 +67,8 @@ class Finding:
 def as_result(findings: Sequence[Finding], subject: str) -> Dict[str, Any]:
     """The part of a module's result that tells its findings, as data and as text."""
     lines = [f"{len(findings)} finding(s) about {subject}; nothing was changed on this host."]
-    lines += [f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix}" for f in findings]
+    lines += [
+        f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix} 处理：{f.fix_zh}"
+        for f in findings
+    ]
     return {"findings": [asdict(finding) for finding in findings], "message": "\n".join(lines)}
