@@ -56,7 +56,8 @@ def test_random_weights_fail_at_the_image_and_the_last_good_release_comes_back(
     copy = "/opt/atomgit/weights/random"
     node.check_output(f"cp -r {WEIGHTS} {copy} && python3 -c '{RANDOMISE}' {copy}/model.safetensors")
     try:
-        failed = play("deploy.yml", glm_ocr_weights_path=copy)
+        # Whoever signs random weights gets them past the manifest, and no further than the image.
+        failed = play("deploy.yml", glm_ocr_weights_path=copy, vllm_weights_manifest="")
     finally:
         node.check_output(f"rm -r {copy}")
     assert failed.rc != 0

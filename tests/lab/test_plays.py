@@ -81,6 +81,22 @@ def test_a_truncated_weights_file_is_refused(service: Host, play: Play) -> None:
     assert "[WEIGHTS_DAMAGED]" in refused.failures
 
 
+def test_a_flipped_byte_is_refused_before_the_swap(service: Host, play: Play) -> None:
+    copy = "/opt/atomgit/weights/flipped"
+    flip = (
+        "import sys; f = open(sys.argv[1], 'r+b'); f.seek(-1000, 2); b = f.read(1)[0]; f.seek(-1, 1);"
+        " f.write(bytes([b ^ 1]))"
+    )
+    service.check_output(f'cp -r {WEIGHTS} {copy} && python3 -c "{flip}" {copy}/model.safetensors')
+    try:
+        refused = play("deploy.yml", glm_ocr_weights_path=copy)
+    finally:
+        service.check_output(f"rm -r {copy}")
+    assert refused.rc != 0
+    assert "[WEIGHTS_ALTERED]" in refused.failures
+    assert "model.safetensors" in refused.failures
+
+
 def test_active_means_that_it_generates(deployed: Played, node: Host, url: str) -> None:
     node.check_output("systemctl restart --no-block glm-ocr")
     states = set()

@@ -52,9 +52,7 @@ def test_a_bad_image_stops_at_the_first_host(
     assert [other.check_output(STATE) for other in others] == before
 
 
-def test_a_host_lost_in_the_middle_harms_no_other_and_a_rerun_resumes(
-    others: list[Host], node: Host, play: Play
-) -> None:
+def test_a_host_lost_halfway_harms_no_other_and_a_rerun_resumes(others: list[Host], node: Host, play: Play) -> None:
     second, third = others
     controller = Controller("-e", '{"glm_ocr_rollout_batches": [3]}', inventories=THREE_NODES)
     controller.reaches("vllm_image : Pull")

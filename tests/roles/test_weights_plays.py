@@ -102,7 +102,7 @@ def test_a_manifest_is_made_kept_and_never_lost(play: Play, model: Path, tmp_pat
     flip(model / "model.safetensors")
     rc, output = play("weights_manifest.yml")
     assert rc != 0
-    assert "[WEIGHTS_ALTERED] expected model.safetensors with SHA-256" in output
+    assert "[WEIGHTS_ALTERED] error: expected model.safetensors with SHA-256" in output
     assert made.read_text() == NANO_MANIFEST.read_text()
     rc, output = play("weights_manifest.yml", vllm_weights_manifest_replace=True)
     assert rc == 0

@@ -67,8 +67,6 @@ class Finding:
 def as_result(findings: Sequence[Finding], subject: str) -> Dict[str, Any]:
     """The part of a module's result that tells its findings, as data and as text."""
     lines = [f"{len(findings)} finding(s) about {subject}; nothing was changed on this host."]
-    lines += [
-        f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix} 处理：{f.fix_zh}"
-        for f in findings
-    ]
+    for f in findings:
+        lines.append(f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix} 处理：{f.fix_zh}")
     return {"findings": [asdict(finding) for finding in findings], "message": "\n".join(lines)}
