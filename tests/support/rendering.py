@@ -32,10 +32,10 @@ class HostVariables:
         variables = VariableManager(loader=self.loader, inventory=manager)
         host = manager.get_host("npu-01")
         self.values: dict[str, Any] = {}
-        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_service"):
+        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_probe", "vllm_service"):
             self.values |= self.load(ROLES / role / "defaults" / "main.yml")
         self.values |= variables.get_vars(host=host)
-        for role in ("glm_ocr", "vllm_service"):
+        for role in ("glm_ocr", "vllm_image", "vllm_service"):
             self.values |= self.load(ROLES / role / "vars" / "main.yml")
         self.values |= {"vllm_image_id": "sha256:" + "0" * 64, "vllm_weights_fingerprint": "f" * 64} | overrides
         self.values["role_path"] = str(ROLES / "vllm_service")

@@ -1,0 +1,71 @@
+"""Run roles of the project on this machine, with a stand-in for the container engine and without root."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rendering import PROJECT, ROLES
+
+
+@dataclass(frozen=True)
+class Played:
+    rc: int
+    stdout: str
+    changed: int
+
+
+class LocalPlay:
+    """``run({"role": ...})``, in a folder that holds the engine, its images and what the play leaves on the host."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = folder / "engine"
+        shutil.copyfile(PROJECT / "tests" / "support" / "fake_engine.py", self.engine)
+        self.engine.chmod(0o755)
+        # Present for their variables, as in the deployment's play; none of their tasks runs.
+        self.silent = [{"role": role, "when": False} for role in ("glm_ocr", "vllm_image", "vllm_service")]
+        self.variables: dict[str, Any] = {
+            "glm_ocr_container_engine": str(self.engine),
+            "glm_ocr_state_dir": str(folder / "state"),
+            "glm_ocr_library_dir": str(folder / "lib"),
+            "ansible_connection": "local",
+            "ansible_python_interpreter": sys.executable,
+        }
+
+    def run(
+        self, *roles: dict[str, Any], tasks: Sequence[dict[str, Any]] = (), check: bool = False, **variables: Any
+    ) -> Played:
+        play = {"hosts": "localhost", "gather_facts": False, "roles": [*roles, *self.silent], "tasks": list(tasks)}
+        (self.folder / "play.yml").write_text(yaml.safe_dump([play]))
+        command = [
+            str(Path(sys.executable).with_name("ansible-playbook")),
+            "--inventory=localhost,",
+            f"--extra-vars={json.dumps(self.variables | variables)}",
+            *(["--check"] if check else []),
+            str(self.folder / "play.yml"),
+        ]
+        environment = os.environ | {
+            "ANSIBLE_ROLES_PATH": str(ROLES),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_FORCE_COLOR": "0",
+        }
+        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
+        changed = int(done.stdout.rpartition("changed=")[2].split()[0]) if "changed=" in done.stdout else -1
+        # The default callback prints messages as JSON: undo what it escapes.
+        return Played(done.returncode, (done.stdout + done.stderr).replace('\\"', '"'), changed)
+
+    def calls(self, verb: str) -> list[dict[str, Any]]:
+        """What the engine was asked so far, of one verb: ``arguments`` and ``stdin`` of each."""
+        log = self.folder / "calls.jsonl"
+        lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        return [line for line in lines if line["arguments"][0] == verb]

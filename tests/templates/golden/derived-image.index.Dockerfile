@@ -1,0 +1,13 @@
+# Rendered by Ansible from templates/derived-image.Dockerfile.j2: edit the inventory, not this file.
+# Base sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb. For every builder since Docker 18.09, hence no BuildKit syntax.
+FROM quay.io/ascend/vllm-ascend:v0.18.0rc1
+COPY requirements.txt /opt/glm-ocr-derived/
+# Without dependencies: the rest of the image stays what its publisher tested. What does not fit together is recorded.
+RUN cd /opt/glm-ocr-derived \
+ && PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --no-deps --no-cache-dir --disable-pip-version-check \
+    --index-url https://pypi.org/simple --requirement requirements.txt \
+ && rm -f ./*.whl \
+ && { python3 -m pip check > pip-check.txt 2>&1 || true; }
+LABEL glm-ocr.base-name="quay.io/ascend/vllm-ascend:v0.18.0rc1" \
+      glm-ocr.base-id="sha256:bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb" \
+      glm-ocr.requirements="transformers==5.3.0 huggingface-hub==1.7.2"
