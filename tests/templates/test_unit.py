@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 from pathlib import Path
 
 import pytest
+from ansible.errors import AnsibleError
 
 import vllm_release
 from rendering import HostVariables
@@ -112,6 +114,36 @@ def test_the_release_changes_with_what_the_engine_runs(change: dict[str, object]
     assert HostVariables(tmp_path / "c", **change).template(release) != before
 
 
+def test_an_overlay_is_mounted_read_only_and_moves_the_release_with_its_content(tmp_path: Path) -> None:
+    source = tmp_path / "rotary.py.patched"
+    overlay = {"source": str(source), "target": "/vllm-workspace/rotary.py", "original_sha256": "0" * 64}
+    releases = []
+    for content in ("one", "two"):
+        source.write_text(content)
+        (tmp_path / content).mkdir()
+        host = HostVariables(tmp_path / content, vllm_service_overlays=[overlay])
+        path = f"/usr/local/lib/glm-ocr/overlays/{hashlib.sha256(content.encode()).hexdigest()}/rotary.py.patched"
+        words = exec_start(host.template_file("glm-ocr.service.j2"))
+        assert words[words.index(f"{path}:/vllm-workspace/rotary.py:ro") - 1] == "--volume"
+        releases.append(host.template("{{ __vllm_service_release }}"))
+    assert releases[0] != releases[1]
+
+
+def test_an_overlay_that_is_not_there_is_named(tmp_path: Path) -> None:
+    overlay = {"source": "/absent/rotary.py", "target": "/rotary.py", "original_sha256": "0" * 64}
+    host = HostVariables(tmp_path, vllm_service_overlays=[overlay])
+    with pytest.raises(AnsibleError, match=r"expected a file of the controller at /absent/rotary.py"):
+        host.template("{{ __vllm_service_overlay_files }}")
+
+
+def test_the_probe_is_asked_about_the_command_of_the_unit(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path)
+    (play,) = host.load(PROJECT / "playbooks" / "deploy.yml")
+    (role,) = [role for role in play["roles"] if role["role"] == "vllm_probe"]
+    asked = host.template(role["vars"]["vllm_probe_serve_arguments"])
+    assert ["vllm", "serve", *asked] == serve_command(host.template_file("glm-ocr.service.j2"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
@@ -136,6 +168,7 @@ def test_what_cannot_be_rendered_is_named(overrides: dict[str, object], complain
         ({"glm_ocr_port": 70000}, "glm_ocr_port must be 1 to 65535, found 70000"),
         ({"glm_ocr_max_model_len": 0}, "must be positive"),
         ({"glm_ocr_max_model_len": 200000}, "at most 131072"),
+        ({"glm_ocr_client_max_tokens": 0}, "glm_ocr_client_max_tokens must be positive"),
         ({"glm_ocr_weights_path": "weights"}, "glm_ocr_weights_path must be an absolute path"),
         ({"glm_ocr_devices": ["davinci0"]}, "glm_ocr_devices must be /dev/NAME, found davinci0"),
         ({"glm_ocr_driver_paths": ["usr/local"]}, "found usr/local"),
