@@ -15,6 +15,7 @@ for folder in (
     *PROJECT.glob("roles/*/filter_plugins"),
     *PROJECT.glob("roles/*/action_plugins"),
     PROJECT / "roles" / "vllm_service" / "files",
+    PROJECT / "roles" / "vllm_probe" / "files",
 ):
     sys.path.insert(0, str(folder))
 # As Ansible does when it ships a module of a role.

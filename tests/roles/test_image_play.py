@@ -1,4 +1,4 @@
-"""The role of the image: pinned, derived, found by others."""
+"""The role of the image: pinned and derived."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from local_play import LocalPlay
+from local_play import LocalPlay, role
 
 IMAGE = "quay.io/ascend/vllm-ascend:v0.18.0rc1"
 BASE = "sha256:" + "b" * 64
@@ -31,7 +31,9 @@ def wheels(tmp_path: Path) -> Path:
     return folder
 
 
-ROLE = {"role": "vllm_image"}
+ROLE = role("vllm_image")
+SAY = {"ansible.builtin.debug": {"msg": "serves {{ vllm_image_id }}"}}
+
 
 def test_another_image_than_the_pinned_one_is_refused(play: LocalPlay) -> None:
     refused = play.run(ROLE, vllm_image_expected_id="a" * 64)

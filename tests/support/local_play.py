@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,13 @@ class Played:
     changed: int
 
 
+def role(name: str) -> dict[str, Any]:
+    """The task that runs a role, as the playbooks have it."""
+    return {"ansible.builtin.import_role": {"name": name}}
+
+
 class LocalPlay:
-    """``run({"role": ...})``, in a folder that holds the engine, its images and what the play leaves on the host."""
+    """``run(role("vllm_image"))``, in a folder that holds the engine, its images and what the play leaves on the host."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -33,7 +37,7 @@ class LocalPlay:
         shutil.copyfile(PROJECT / "tests" / "support" / "fake_engine.py", self.engine)
         self.engine.chmod(0o755)
         # Present for their variables, as in the deployment's play; none of their tasks runs.
-        self.silent = [{"role": role, "when": False} for role in ("glm_ocr", "vllm_image", "vllm_service")]
+        self.silent = [role(name) | {"when": False} for name in ("glm_ocr", "vllm_image", "vllm_service")]
         self.variables: dict[str, Any] = {
             "glm_ocr_container_engine": str(self.engine),
             "glm_ocr_state_dir": str(folder / "state"),
@@ -42,10 +46,8 @@ class LocalPlay:
             "ansible_python_interpreter": sys.executable,
         }
 
-    def run(
-        self, *roles: dict[str, Any], tasks: Sequence[dict[str, Any]] = (), check: bool = False, **variables: Any
-    ) -> Played:
-        play = {"hosts": "localhost", "gather_facts": False, "roles": [*roles, *self.silent], "tasks": list(tasks)}
+    def run(self, *tasks: dict[str, Any], check: bool = False, **variables: Any) -> Played:
+        play = {"hosts": "localhost", "gather_facts": False, "tasks": [*tasks, *self.silent]}
         (self.folder / "play.yml").write_text(yaml.safe_dump([play]))
         command = [
             str(Path(sys.executable).with_name("ansible-playbook")),

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 from ansible.errors import AnsibleError
 
 import vllm_release
@@ -138,9 +139,10 @@ def test_an_overlay_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_probe_is_asked_about_the_command_of_the_unit(tmp_path: Path) -> None:
     host = HostVariables(tmp_path)
-    (play,) = host.load(PROJECT / "playbooks" / "deploy.yml")
-    (role,) = [role for role in play["roles"] if role["role"] == "vllm_probe"]
-    asked = host.template(role["vars"]["vllm_probe_serve_arguments"])
+    (play,) = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
+    (block,) = [task["block"] for task in play["tasks"] if "block" in task]
+    (task,) = [task for task in block if task["ansible.builtin.import_role"]["name"] == "vllm_probe"]
+    asked = host.template(task["vars"]["vllm_probe_serve_arguments"])
     assert ["vllm", "serve", *asked] == serve_command(host.template_file("glm-ocr.service.j2"))
 
 
