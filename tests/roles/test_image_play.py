@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,7 +47,7 @@ def test_another_image_than_the_pinned_one_is_refused(play: LocalPlay) -> None:
 
 def test_a_derived_image_is_built_once_from_wheels_without_a_network(play: LocalPlay, wheels: Path) -> None:
     (play.folder / "answer").write_text("vllm 0.18.0 has requirement transformers<5, but you have 5.3.0")
-    given = {"vllm_image_derived_wheels": [REQUIREMENT], "vllm_image_derived_wheels_dir": str(wheels)}
+    given: dict[str, Any] = {"vllm_image_derived_wheels": [REQUIREMENT], "vllm_image_derived_wheels_dir": str(wheels)}
     given |= {"vllm_image_expected_id": "b" * 64}
     before = play.run(ROLE, check=True, **given)
     assert (before.rc, before.changed) == (0, 1), before.stdout
@@ -73,7 +74,7 @@ def test_a_derived_image_is_built_once_from_wheels_without_a_network(play: Local
 def test_a_build_that_fails_ends_with_the_engines_words(play: LocalPlay, wheels: Path) -> None:
     (play.folder / "answer").write_text("ERROR: No matching distribution found for transformers==5.3.0")
     (play.folder / "status").write_text("1")
-    given = {"vllm_image_derived_wheels": [REQUIREMENT], "vllm_image_derived_wheels_dir": str(wheels)}
+    given: dict[str, Any] = {"vllm_image_derived_wheels": [REQUIREMENT], "vllm_image_derived_wheels_dir": str(wheels)}
     refused = play.run(ROLE, **given)
     assert refused.rc != 0
     assert "[IMAGE_DERIVE]" in refused.stdout

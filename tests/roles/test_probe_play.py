@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from local_play import LocalPlay
-from rendering import PROJECT
+from rendering import PROJECT, deploy_task
 
 FINDING = {"id": "PROBE_FLAGS", "severity": "error", "expected": "a", "found": "b", "fix": "c", "fix_zh": "d"}
 WARNING = FINDING | {"id": "PROBE_DTYPE", "severity": "warning"}
 IMAGE_ID = "sha256:" + "1" * 64
-FACTS = {
+FACTS: dict[str, Any] = {
     "vllm_weights_fingerprint": "f" * 64,
     "vllm_service_flags": {"max-model-len": 8192, "compilation-config": {"cudagraph_mode": "NONE"}},
     "vllm_service_environment": {"OMP_NUM_THREADS": "1"},
@@ -25,10 +24,8 @@ FACTS = {
 
 def entry() -> dict[str, Any]:
     """The task of the deployment that runs the role, with the image's id."""
-    (play,) = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
-    (block,) = [task["block"] for task in play["tasks"] if "block" in task]
-    (task,) = [task for task in block if task["ansible.builtin.import_role"]["name"] == "vllm_probe"]
-    return dict(task) | {"vars": task["vars"] | {"vllm_image_id": IMAGE_ID}}
+    task = deploy_task("vllm_probe")
+    return task | {"vars": task["vars"] | {"vllm_image_id": IMAGE_ID}}
 
 
 @pytest.fixture
@@ -43,7 +40,7 @@ def answer(play: LocalPlay, *findings: dict[str, str]) -> None:
 def test_the_probe_gets_what_the_service_gets_and_is_not_asked_twice(play: LocalPlay) -> None:
     driver = play.folder / "lib64"
     driver.mkdir()
-    given = FACTS | {"glm_ocr_devices": ["/dev/davinci0"], "glm_ocr_driver_paths": [str(driver)]}
+    given: dict[str, Any] = FACTS | {"glm_ocr_devices": ["/dev/davinci0"], "glm_ocr_driver_paths": [str(driver)]}
     answer(play, WARNING)
     # Check mode on a fresh host has no image to ask.
     without_image = entry() | {"vars": entry()["vars"] | {"vllm_image_id": ""}}

@@ -29,7 +29,7 @@ def role(name: str) -> dict[str, Any]:
 
 
 class LocalPlay:
-    """``run(role("vllm_image"))``, in a folder that holds the engine, its images and what the play leaves on the host."""
+    """``run(role("vllm_image"))`` in a folder that holds the engine, its images and what the play leaves behind."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

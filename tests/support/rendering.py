@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import yaml
 from ansible.inventory.manager import InventoryManager
 from ansible.parsing.dataloader import DataLoader
 from ansible.plugins.loader import filter_loader, init_plugin_loader
@@ -13,6 +14,15 @@ from ansible.vars.manager import VariableManager
 
 PROJECT = Path(__file__).resolve().parents[2]
 ROLES = PROJECT / "roles"
+
+
+def deploy_task(role: str) -> dict[str, Any]:
+    """The task of the deployment that runs a role."""
+    (play,) = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
+    (block,) = [task["block"] for task in play["tasks"] if "block" in task]
+    (task,) = [task for task in block if task["ansible.builtin.import_role"] == {"name": role}]
+    return dict(task)
+
 
 init_plugin_loader()
 for folder in ROLES.glob("*/filter_plugins"):

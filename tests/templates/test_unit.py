@@ -8,11 +8,10 @@ import shlex
 from pathlib import Path
 
 import pytest
-import yaml
 from ansible.errors import AnsibleError
 
 import vllm_release
-from rendering import HostVariables
+from rendering import HostVariables, deploy_task
 
 GOLDEN = Path(__file__).parent / "golden"
 SEED = (Path(__file__).parent / "seed_command.sh").read_text()
@@ -139,10 +138,7 @@ def test_an_overlay_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 def test_the_probe_is_asked_about_the_command_of_the_unit(tmp_path: Path) -> None:
     host = HostVariables(tmp_path)
-    (play,) = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
-    (block,) = [task["block"] for task in play["tasks"] if "block" in task]
-    (task,) = [task for task in block if task["ansible.builtin.import_role"]["name"] == "vllm_probe"]
-    asked = host.template(task["vars"]["vllm_probe_serve_arguments"])
+    asked = host.template(deploy_task("vllm_probe")["vars"]["vllm_probe_serve_arguments"])
     assert ["vllm", "serve", *asked] == serve_command(host.template_file("glm-ocr.service.j2"))
 
 

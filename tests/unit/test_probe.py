@@ -12,9 +12,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import probe
 import pytest
 
+import probe
 from rendering import ROLES
 
 NANO = ROLES / "lab_nano_model" / "files" / "GLM-OCR-nano"
@@ -337,15 +337,28 @@ def test_warnings_alone_do_not_refuse(image: pytest.MonkeyPatch, capsys: pytest.
     assert (status, [finding["severity"] for finding in answer["findings"]]) == (0, ["warning"])
 
 
-def test_an_image_that_cannot_import_is_told_with_the_last_line(
+def test_a_vllm_that_cannot_be_imported_hides_no_other_finding(
     image: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("vllm.entrypoints.cli", "vllm.transformers_utils"):
+    """As vLLM 0.32.0 beside transformers 4.57.6: no part of it can be imported."""
+    image.setitem(sys.modules, "transformers.models.auto.configuration_auto", module("auto", CONFIG_MAPPING={}))
+    for name in [name for name in sys.modules if name.startswith("vllm.")]:
         image.setitem(sys.modules, name, None)
     status, answer = asked(image, capsys, json.dumps(request()))
     assert status == 1
-    assert [finding["id"] for finding in answer["findings"]] == ["PROBE_IMPORT", "PROBE_IMPORT"]
-    assert "ModuleNotFoundError" in answer["findings"][0]["found"]
+    assert [finding["id"] for finding in answer["findings"]] == ["PROBE_MODEL_TYPE", "PROBE_IMPORT"]
+    assert "vLLM" in answer["findings"][1]["expected"]
+    assert "ModuleNotFoundError" in answer["findings"][1]["found"]
+
+
+def test_a_transformers_that_cannot_be_imported_is_told(
+    image: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image.setitem(sys.modules, "transformers.models.auto.configuration_auto", None)
+    status, answer = asked(image, capsys, json.dumps(request()))
+    (finding,) = answer["findings"]
+    assert (status, finding["id"]) == (1, "PROBE_IMPORT")
+    assert "transformers" in finding["expected"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -443,10 +443,14 @@ def installed_version(package: str) -> str | None:
 
 def known_model_types() -> set[str]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-    from vllm.transformers_utils import config as vllm_config
 
-    # Some model types are vLLM's own; the name of its table is internal.
-    return {*CONFIG_MAPPING.keys(), *getattr(vllm_config, "_CONFIG_REGISTRY", {})}
+    known = set(CONFIG_MAPPING.keys())
+    # Some are vLLM's own, in a table of an internal name. That vLLM cannot be imported is another check's finding.
+    with contextlib.suppress(Exception):
+        from vllm.transformers_utils import config
+
+        known |= set(getattr(config, "_CONFIG_REGISTRY", {}))
+    return known
 
 
 def supported_architectures() -> Collection[str]:
@@ -490,36 +494,38 @@ def unreadable(folder: Path, error: CheckpointError) -> Finding:
     )
 
 
-def look_at_checkpoint(folder: Path, request: Mapping[str, Any]) -> list[Finding]:
-    arguments = request["serve_arguments"]
+def attempt(package: str, check: Callable[[], list[Finding]]) -> list[Finding]:
     try:
-        config = read_json(folder / "config.json")
-    except CheckpointError as error:
-        return [unreadable(folder, error)]
-    findings = check_lengths(config, arguments, request["client_max_tokens"])
-    try:
-        findings += check_checkpoint(read_checkpoint(folder, config))
-    except CheckpointError as error:
-        findings.append(unreadable(folder, error))
-    try:
-        findings += check_model_type(config, arguments, known_model_types(), str(installed_version("transformers")))
-        findings += check_architecture(config, supported_architectures(), str(installed_version("vllm")))
+        return check()
     except Exception as error:  # an image can be broken in any way
-        findings.append(broken("transformers and vLLM", error))
-    return findings
+        return [broken(package, error)]
 
 
 def run(request: Mapping[str, Any]) -> list[Finding]:
     """Every check, whatever the others found."""
+    arguments, folder = request["serve_arguments"], Path(request["weights"])
     findings = check_overlays(request["overlays"], {o["target"]: sha256(o["target"]) for o in request["overlays"]})
     if request["devices"]:
         findings += check_driver(libraries(), npu_smi_trouble())
-    findings += look_at_checkpoint(Path(request["weights"]), request)
+    config: Mapping[str, Any] = {}
     try:
-        findings += check_flags(complaint_about(request["serve_arguments"]))
-    except Exception as error:
-        findings.append(broken("`vllm serve`", error))
-    return findings
+        config = read_json(folder / "config.json")
+        findings += check_lengths(config, arguments, request["client_max_tokens"])
+        findings += check_checkpoint(read_checkpoint(folder, config))
+    except CheckpointError as error:
+        findings.append(unreadable(folder, error))
+
+    def transformers() -> list[Finding]:
+        return check_model_type(config, arguments, known_model_types(), str(installed_version("transformers")))
+
+    def vllm() -> list[Finding]:
+        found = []
+        if config:
+            found = check_architecture(config, supported_architectures(), str(installed_version("vllm")))
+        return found + check_flags(complaint_about(arguments))
+
+    findings += attempt("transformers", transformers) if config else []
+    return findings + attempt("vLLM", vllm)
 
 
 def main() -> int:

@@ -1,0 +1,171 @@
+"""The image: what the probe refuses before the service is touched, images derived on the host, overlays."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from testinfra.host import Host
+
+from lab import Play, chat, container_start
+from rendering import PROJECT
+
+OVERLAY = PROJECT / "files" / "overlays" / "rotary_embedding"
+#: A file of the engine that serving does not need.
+TARGET = "/usr/local/lib/python3.11/dist-packages/vllm/collect_env.py"
+
+
+def image_of(node: Host) -> str:
+    """The id of the image that serves."""
+    return str(node.check_output("docker container inspect --format '{{.Image}}' glm-ocr"))
+
+
+def in_image(node: Host, image: str, command: str) -> str:
+    return str(node.check_output(f"docker run --rm --network=none --entrypoint=sh {image} -c '{command}'"))
+
+
+@pytest.fixture(scope="module")
+def derived_images_removed(node: Host) -> Iterator[None]:
+    """Asked for before ``restored``, so that none of them serves any more."""
+    yield
+    node.run("docker images --quiet localhost/glm-ocr-derived | xargs --no-run-if-empty docker rmi --force")
+
+
+@pytest.fixture
+def marker(tmp_path: Path) -> Path:
+    """A folder with the wheel of a package that has nothing in it."""
+    info = "glm_ocr_marker-1.0.dist-info"
+    files = {
+        f"{info}/METADATA": "Metadata-Version: 2.1\nName: glm-ocr-marker\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    rows = [f"{name},," for name in (*files, f"{info}/RECORD")]
+    with zipfile.ZipFile(tmp_path / "glm_ocr_marker-1.0-py3-none-any.whl", "w") as wheel:
+        for name, content in (files | {f"{info}/RECORD": "\n".join(rows)}).items():
+            wheel.writestr(name, content)
+    return tmp_path
+
+
+def test_a_typo_in_a_flag_is_refused_in_the_parsers_own_words(service: Host, play: Play) -> None:
+    refused = play("deploy.yml", vllm_service_extra_flags={"max-num-seqz": 32})
+    assert refused.rc != 0
+    assert "[PROBE_FLAGS]" in refused.failures
+    assert "unrecognized arguments: --max-num-seqz 32" in refused.failures
+
+
+def test_the_probe_refuses_in_check_mode_too(service: Host, play: Play) -> None:
+    refused = play("deploy.yml", check=True, vllm_service_extra_flags={"compilation-config": {"cudagraph_modez": 1}})
+    assert refused.rc != 0
+    assert "cudagraph_modez" in refused.failures
+
+
+def test_an_empty_driver_folder_is_caught_inside(service: Host, play: Play) -> None:
+    driver = "/usr/local/Ascend/driver"
+    service.check_output(f"mv {driver}/lib64/driver {driver}/driver.away")
+    try:
+        refused = play("deploy.yml")
+    finally:
+        service.check_output(f"mv {driver}/driver.away {driver}/lib64/driver")
+    assert refused.rc != 0
+    assert "[PROBE_DRIVER]" in refused.failures
+
+
+def test_clients_that_ask_for_everything_are_a_warning(service: Host, play: Play) -> None:
+    told = play("deploy.yml", check=True, glm_ocr_client_max_tokens=8192)
+    assert (told.rc, told.changed) == (0, 0), told.failures
+    assert "[PROBE_CLIENT_MAX_TOKENS] warning" in told.stdout
+
+
+def test_a_transformers_that_does_not_know_the_model_is_refused_with_the_version_needed(
+    service: Host, play: Play, derived_images_removed: None, tmp_path: Path
+) -> None:
+    packages = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    platform = ["--python-version=3.11", "--platform=manylinux2014_x86_64"]
+    subprocess.run([*pip, *platform, f"--dest={tmp_path}", *packages], check=True)
+    refused = play("deploy.yml", vllm_image_derived_wheels=packages, vllm_image_derived_wheels_dir=str(tmp_path))
+    assert refused.rc != 0
+    assert "[PROBE_MODEL_TYPE]" in refused.failures
+    assert "transformers 5.1.0 or newer" in refused.failures
+    assert "found transformers 4.57.6" in refused.failures
+
+
+def test_an_overlay_over_another_original_is_refused_with_both_hashes(
+    service: Host, play: Play, tmp_path: Path
+) -> None:
+    source = tmp_path / "collect_env.py"
+    source.write_text("# overlay\n")
+    overlay = {"source": str(source), "target": TARGET, "original_sha256": "0" * 64}
+    refused = play("deploy.yml", vllm_service_overlays=[overlay])
+    assert refused.rc != 0
+    assert "[PROBE_OVERLAY]" in refused.failures
+    assert "0" * 64 in refused.failures
+    assert in_image(service, image_of(service), f"sha256sum {TARGET}").split()[0] in refused.failures
+
+
+def test_a_derived_image_with_an_overlay_serves_and_stays(
+    derived_images_removed: None, restored: None, node: Host, play: Play, url: str, marker: Path, tmp_path: Path
+) -> None:
+    base = image_of(node)
+    original = in_image(node, base, f"sha256sum {TARGET}").split()[0]
+    source = tmp_path / "collect_env.py"
+    source.write_text("# an overlay of a test\n")
+    given = {
+        "vllm_image_derived_wheels": ["glm-ocr-marker==1.0"],
+        "vllm_image_derived_wheels_dir": str(marker),
+        "vllm_service_overlays": [{"source": str(source), "target": TARGET, "original_sha256": original}],
+    }
+    deployed = play("deploy.yml", **given)
+    assert deployed.rc == 0, deployed.failures
+    derived = image_of(node)
+    assert derived != base
+    labels = json.loads(node.check_output(f"docker image inspect --format '{{{{json .Config.Labels}}}}' {derived}"))
+    assert labels["glm-ocr.base-id"] == base
+    assert labels["glm-ocr.requirements"] == "glm-ocr-marker==1.0"
+    assert labels["glm-ocr.project-version"]
+    version = 'import importlib.metadata as m; print(m.version("glm-ocr-marker"))'
+    assert node.check_output(f"docker exec glm-ocr python3 -c '{version}'") == "1.0"
+    assert node.check_output(f"docker exec glm-ocr cat {TARGET}") == "# an overlay of a test"
+    assert chat(url, "OK", max_tokens=1).status_code == 200
+
+    started = container_start(node)
+    again = play("deploy.yml", **given)
+    assert (again.rc, again.changed) == (0, 0), again.failures
+    assert container_start(node) == started
+
+
+def test_the_rotary_overlay_is_right_and_its_original_wrong(service: Host, tmp_path: Path) -> None:
+    """In the engine's image, against its own vLLM; no NPU is behind it."""
+    target = tmp_path / "vllm_ascend" / "ops" / "rotary_embedding.py"
+    target.parent.mkdir(parents=True)
+    patched = (OVERLAY / "rotary_embedding.py.patched").read_bytes()
+    target.write_bytes(patched)
+    subprocess.run(["git", "apply", "--reverse", OVERLAY / "rotary_embedding.patch"], cwd=tmp_path, check=True)
+    folder = "/var/tmp/glm-ocr-rotary"
+    for name, content in {
+        "check_rotary.py": (PROJECT / "tests" / "lab" / "overlay" / "check_rotary.py").read_bytes(),
+        "original": target.read_bytes(),
+        "patched": patched,
+    }.items():
+        encoded = base64.b64encode(content).decode()
+        service.check_output(f"mkdir -p {folder} && echo {encoded} | base64 --decode > {folder}/{name}")
+    container = f"docker run --rm --network=none --volume={folder}:/rotary:ro {image_of(service)}"
+    run = f"{container} python3 /rotary/check_rotary.py"
+    try:
+        right = service.run(f"{run} --original /rotary/original --patched /rotary/patched")
+        wrong = service.run(f"{run} --original /rotary/original --patched /rotary/original")
+    finally:
+        service.check_output(f"rm -r {folder}")
+    assert right.rc == 0, right.stdout + right.stderr
+    report = json.loads(right.stdout.splitlines()[-1])
+    assert report["cases"]["original interleaved 3d"]["max_abs_difference"] > 1
+    assert report["cases"]["patched interleaved 3d"]["max_abs_difference"] <= report["tolerance"]
+    assert wrong.rc == 1, wrong.stdout + wrong.stderr
+    assert hashlib.sha256(target.read_bytes()).hexdigest() in (OVERLAY / "README.md").read_text()
