@@ -92,6 +92,20 @@ def restored(deployed: Played, play: Play) -> Iterator[None]:
     assert again.rc == 0, again.failures
 
 
+@pytest.fixture(scope="session")
+def broken_image(deployed: Played, node: Host) -> str:
+    """In the registry: an image that passes every check and does not start, because its `vllm` exits with 7."""
+    broken = "registry.lab:5000/glm-ocr-lab/broken:1"
+    image = node.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
+    node.check_output(
+        "mkdir -p /tmp/broken && cd /tmp/broken"
+        " && printf '#!/bin/sh\\necho this release is broken >&2\\nexit 7\\n' > vllm"
+        f" && chmod +x vllm && printf 'FROM {image}\\nCOPY vllm /usr/local/bin/vllm\\n' > Dockerfile"
+        f" && docker build --quiet --tag {broken} . && docker push --quiet {broken} && docker rmi {broken}"
+    )
+    return broken
+
+
 @pytest.fixture(autouse=True)
 def journal_of_a_failure(request: pytest.FixtureRequest, node: Host) -> Iterator[None]:
     """A failing test prints the journal."""

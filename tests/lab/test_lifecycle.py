@@ -37,12 +37,12 @@ def booted(node: Host) -> str:
 
 
 def test_a_start_that_fails_shows_why_and_puts_the_last_good_release_back(
-    deployed: Played, node: Host, play: Play, url: str
+    broken_image: str, node: Host, play: Play, url: str
 ) -> None:
     good = release(node)
-    failed = play("deploy.yml", vllm_service_extra_flags={"max-num-seqz": 32})
+    failed = play("deploy.yml", glm_ocr_image=broken_image)
     assert failed.rc != 0
-    assert "unrecognized arguments: --max-num-seqz" in failed.failures
+    assert "this release is broken" in failed.failures
     assert f"Release {good} was put back; it answers and reads its known image." in failed.failures
     assert release(node) == good
     assert chat(url, "OK", max_tokens=1).status_code == 200
@@ -80,7 +80,9 @@ def test_a_reboot_brings_the_service_back(deployed: Played, node: Host, url: str
 
 
 @pytest.mark.usefixtures("restored")
-def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(node: Host, play: Play, url: str) -> None:
+def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(
+    broken_image: str, node: Host, play: Play, url: str
+) -> None:
     removed = play("playbooks/remove.yml")
     assert removed.rc == 0, removed.failures
     assert container_start(node) == ""
@@ -101,7 +103,7 @@ def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(node: Host, pl
     assert checked.changed > 0
     assert node.check_output(STATE) == before
 
-    first_and_bad = play("deploy.yml", vllm_service_extra_flags={"max-num-seqz": 32})
+    first_and_bad = play("deploy.yml", glm_ocr_image=broken_image)
     assert first_and_bad.rc != 0
     assert "no earlier good release" in first_and_bad.failures
     assert not node.service("glm-ocr").is_running

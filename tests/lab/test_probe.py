@@ -7,14 +7,14 @@ import hashlib
 import json
 import subprocess
 import sys
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from testinfra.host import Host
 
-from lab import Play, chat, container_start
+from lab import LAB_CACHE, Play, chat, container_start
+from ledger import ledger
 from rendering import PROJECT
 
 OVERLAY = PROJECT / "files" / "overlays" / "rotary_embedding"
@@ -35,26 +35,16 @@ def in_image(node: Host, image: str, command: str) -> str:
 def derived_images_removed(node: Host) -> Iterator[None]:
     """Asked for before ``restored``, so that none of them serves any more."""
     yield
-    node.run("docker images --quiet localhost/glm-ocr-derived | xargs --no-run-if-empty docker rmi --force")
+    node.run(
+        "docker images --quiet --filter reference=localhost/glm-ocr-* | xargs --no-run-if-empty docker rmi --force"
+    )
 
 
-@pytest.fixture
-def marker(tmp_path: Path) -> Path:
-    """A folder with the wheel of a package that has nothing in it."""
-    info = "glm_ocr_marker-1.0.dist-info"
-    files = {
-        f"{info}/METADATA": "Metadata-Version: 2.1\nName: glm-ocr-marker\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    rows = [f"{name},," for name in (*files, f"{info}/RECORD")]
-    with zipfile.ZipFile(tmp_path / "glm_ocr_marker-1.0-py3-none-any.whl", "w") as wheel:
-        for name, content in (files | {f"{info}/RECORD": "\n".join(rows)}).items():
-            wheel.writestr(name, content)
-    return tmp_path
-
-
-def test_a_typo_in_a_flag_is_refused_in_the_parsers_own_words(service: Host, play: Play) -> None:
-    refused = play("deploy.yml", vllm_service_extra_flags={"max-num-seqz": 32})
+def test_a_typo_in_a_flag_is_refused_in_the_parsers_own_words(service: Host, play: Play, url: str) -> None:
+    with ledger(url) as book:
+        refused = play("deploy.yml", vllm_service_extra_flags={"max-num-seqz": 32})
+    assert (book.lost, book.refused) == ([], 0)
+    assert book.complete > 0
     assert refused.rc != 0
     assert "[PROBE_FLAGS]" in refused.failures
     assert "unrecognized arguments: --max-num-seqz 32" in refused.failures
@@ -83,20 +73,6 @@ def test_clients_that_ask_for_everything_are_a_warning(service: Host, play: Play
     assert "[PROBE_CLIENT_MAX_TOKENS] warning" in told.stdout
 
 
-def test_a_transformers_that_does_not_know_the_model_is_refused_with_the_version_needed(
-    service: Host, play: Play, derived_images_removed: None, tmp_path: Path
-) -> None:
-    packages = ["transformers==4.57.6", "huggingface-hub==0.36.2", "tokenizers==0.22.2"]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    platform = ["--python-version=3.11", "--platform=manylinux2014_x86_64"]
-    subprocess.run([*pip, *platform, f"--dest={tmp_path}", *packages], check=True)
-    refused = play("deploy.yml", vllm_image_derived_wheels=packages, vllm_image_derived_wheels_dir=str(tmp_path))
-    assert refused.rc != 0
-    assert "[PROBE_MODEL_TYPE]" in refused.failures
-    assert "transformers 5.1.0 or newer" in refused.failures
-    assert "found transformers 4.57.6" in refused.failures
-
-
 def test_an_overlay_over_another_original_is_refused_with_both_hashes(
     service: Host, play: Play, tmp_path: Path
 ) -> None:
@@ -110,31 +86,62 @@ def test_an_overlay_over_another_original_is_refused_with_both_hashes(
     assert in_image(service, image_of(service), f"sha256sum {TARGET}").split()[0] in refused.failures
 
 
-def test_a_derived_image_with_an_overlay_serves_and_stays(
-    derived_images_removed: None, restored: None, node: Host, play: Play, url: str, marker: Path, tmp_path: Path
+OLD = {"transformers": "4.57.6", "huggingface-hub": "0.36.2", "tokenizers": "0.22.2"}
+OLD_IMAGE = "localhost/glm-ocr-old:1"
+
+
+def wheels(folder: Path, packages: dict[str, str]) -> dict[str, object]:
+    """What has the hosts derive an image with these packages, their wheels in the folder."""
+    names = [f"{name}=={version}" for name, version in packages.items()]
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    platform = ["--python-version=3.11", "--platform=manylinux2014_x86_64", f"--find-links={LAB_CACHE / 'wheels'}"]
+    subprocess.run([*pip, *platform, f"--dest={folder}", *names], check=True)
+    return {"vllm_image_derived_wheels": names, "vllm_image_derived_wheels_dir": str(folder)}
+
+
+def test_an_image_with_an_old_transformers_is_refused_and_the_derived_image_passes(
+    derived_images_removed: None, restored: None, node: Host, play: Play, url: str, tmp_path: Path
 ) -> None:
-    base = image_of(node)
-    original = in_image(node, base, f"sha256sum {TARGET}").split()[0]
+    base, started = image_of(node), container_start(node)
+    frozen = in_image(node, base, "pip freeze").splitlines()
+    versions = dict(line.replace("_", "-").split("==") for line in frozen if "==" in line)
+    new = {name: versions[name] for name in OLD}
+    for folder in ("old", "new"):
+        (tmp_path / folder).mkdir()
+
+    # The old image is made with the same means, and refused before the service is touched.
+    with ledger(url) as book:
+        refused = play("deploy.yml", **wheels(tmp_path / "old", OLD))
+    assert refused.rc != 0
+    assert "[PROBE_MODEL_TYPE]" in refused.failures
+    assert "glm_ocr" in refused.failures
+    assert "transformers 5.1.0 or newer" in refused.failures
+    assert "found transformers 4.57.6" in refused.failures
+    assert "vllm_image_derived_wheels" in refused.failures
+    assert container_start(node) == started
+    assert (book.lost, book.refused) == ([], 0)
+    assert book.complete > 0
+
+    # With that image as the stock one, the fix as data, and an overlay, the deployment passes and stays.
+    (old_image,) = node.check_output("docker images --no-trunc --quiet localhost/glm-ocr-derived").split()
+    node.check_output(f"docker tag {old_image} {OLD_IMAGE}")
     source = tmp_path / "collect_env.py"
     source.write_text("# an overlay of a test\n")
+    original = in_image(node, base, f"sha256sum {TARGET}").split()[0]
     given = {
-        "vllm_image_derived_wheels": ["glm-ocr-marker==1.0"],
-        "vllm_image_derived_wheels_dir": str(marker),
+        "glm_ocr_image": OLD_IMAGE,
+        **wheels(tmp_path / "new", new),
         "vllm_service_overlays": [{"source": str(source), "target": TARGET, "original_sha256": original}],
     }
     deployed = play("deploy.yml", **given)
     assert deployed.rc == 0, deployed.failures
     derived = image_of(node)
-    assert derived != base
     labels = json.loads(node.check_output(f"docker image inspect --format '{{{{json .Config.Labels}}}}' {derived}"))
-    assert labels["glm-ocr.base-id"] == base
-    assert labels["glm-ocr.requirements"] == "glm-ocr-marker==1.0"
+    assert labels["glm-ocr.base-id"] == old_image
+    assert f"transformers=={new['transformers']}" in labels["glm-ocr.requirements"]
     assert labels["glm-ocr.project-version"]
-    version = 'import importlib.metadata as m; print(m.version("glm-ocr-marker"))'
-    assert node.check_output(f"docker exec glm-ocr python3 -c '{version}'") == "1.0"
     assert node.check_output(f"docker exec glm-ocr cat {TARGET}") == "# an overlay of a test"
     assert chat(url, "OK", max_tokens=1).status_code == 200
-
     started = container_start(node)
     again = play("deploy.yml", **given)
     assert (again.rc, again.changed) == (0, 0), again.failures

@@ -11,8 +11,6 @@ from lab import STATE, THREE_NODES, Controller, Play, Played, chat, lab_node, no
 
 pytestmark = pytest.mark.usefixtures("restored")
 
-BROKEN = "registry.lab:5000/glm-ocr-lab/broken:1"
-
 
 @pytest.fixture(scope="module")
 def others(deployed: Played, play: Play) -> Iterator[list[Host]]:
@@ -22,19 +20,6 @@ def others(deployed: Played, play: Play) -> Iterator[list[Host]]:
     yield [node_named("node2"), node_named("node3")]
     for name in ("node2", "node3"):
         lab_node("remove", name)
-
-
-@pytest.fixture(scope="module")
-def broken_image(deployed: Played, node: Host) -> str:
-    """A release that passes every check and does not start: its `vllm` exits with 7."""
-    image = node.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
-    node.check_output(
-        "mkdir -p /tmp/broken && cd /tmp/broken"
-        " && printf '#!/bin/sh\\necho this release is broken >&2\\nexit 7\\n' > vllm"
-        f" && chmod +x vllm && printf 'FROM {image}\\nCOPY vllm /usr/local/bin/vllm\\n' > Dockerfile"
-        f" && docker build --quiet --tag {BROKEN} . && docker push --quiet {BROKEN} && docker rmi {BROKEN}"
-    )
-    return BROKEN
 
 
 def test_a_bad_image_stops_at_the_first_host(

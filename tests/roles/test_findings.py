@@ -14,7 +14,7 @@ from ansible.module_utils import findings, host_checks, npu_checks, npu_smi
 import preflight_report
 from rendering import ROLES
 
-MADE = re.compile(r'Finding\(\s*"([A-Z_]+)"|"?id"?: "?([A-Z][A-Z_]+)')
+MADE = re.compile(r'Finding\(\s*"([A-Z_]+)"|"?id"?: "?([A-Z][A-Z_]+)|\("(PROBE_[A-Z_]+)"')
 #: What runs on a host: modules, and what they import.
 ON_HOSTS = [path for pattern in ("*/library/*.py", "*/module_utils/*.py") for path in ROLES.glob(pattern)]
 

@@ -23,7 +23,8 @@ from rendering import PROJECT, ROLES
 NODE = "node1"
 INVENTORY = PROJECT / "inventory" / "lab"
 THREE_NODES = (INVENTORY, PROJECT / "tests" / "lab" / "three_nodes.yml")
-LAB_STATE = Path(yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())["lab_host_state_dir"])
+LAB_HOST = yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())
+LAB_STATE, LAB_CACHE = Path(LAB_HOST["lab_host_state_dir"]), Path(LAB_HOST["lab_host_cache_dir"])
 WEIGHTS = "/opt/atomgit/weights/GLM-OCR-bf16"
 #: Hash over everything a deployment writes on the host.
 STATE = (

@@ -18,7 +18,7 @@ ROLES = PROJECT / "roles"
 
 def deploy_task(role: str) -> dict[str, Any]:
     """The task of the deployment that runs a role."""
-    (play,) = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
+    *_, play = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
     (block,) = [task["block"] for task in play["tasks"] if "block" in task]
     (task,) = [task for task in block if task["ansible.builtin.import_role"] == {"name": role}]
     return dict(task)

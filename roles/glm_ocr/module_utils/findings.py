@@ -45,6 +45,22 @@ CATALOGUE: Dict[str, str] = {
     "WEIGHTS_EXTRA": "a file that the engine could load and the manifest does not list",
     "WEIGHTS_ALTERED": "a file that is not the one the manifest lists",
     "WEIGHTS_UNVERIFIED": "weights without a manifest",
+    "PROBE_MODEL_TYPE": "the checkpoint's model type, against the image's transformers",
+    "PROBE_ARCHITECTURE": "the checkpoint's architecture, against the image's vLLM",
+    "PROBE_FLAGS": "the serve flags, against the image's own parser",
+    "PROBE_MAX_MODEL_LEN": "the context length, against the model's",
+    "PROBE_CLIENT_MAX_TOKENS": "the context length, against what clients ask for",
+    "PROBE_TENSORS": "names and shapes of the tensors, against config.json",
+    "PROBE_INDEX": "the index of the tensors, against the files",
+    "PROBE_MLX": "a checkpoint that was converted for MLX",
+    "PROBE_DTYPE": "the tensors' type",
+    "PROBE_MERGER": "the width of the vision merger",
+    "PROBE_DRIVER": "the driver's libraries inside the container",
+    "PROBE_NPU_SMI": "npu-smi inside the container",
+    "PROBE_OVERLAY": "the file below an overlay",
+    "PROBE_CHECKPOINT": "the checkpoint's files, as the container sees them",
+    "PROBE_IMPORT": "the image's Python packages",
+    "PROBE_ERROR": "the probe itself",
 }
 
 
