@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,13 +23,13 @@ from typing import Any, NamedTuple, NoReturn
 import jinja2
 import jsonschema
 
+import redaction
+
 FILES = Path(__file__).resolve().parents[1]
 SCHEMAS = FILES / "schemas"
 TEMPLATE = FILES.parent / "templates" / "report.html.j2"
 STANDARD_INPUT = Path("-")
 EXIT_STATUS = {"PASS": 0, "FAIL": 1, "ERROR": 2}  # in order of severity
-SECRET_NAME = re.compile(r"(^|[_-])(KEY|TOKEN|SECRET|PASSWORD)$", re.IGNORECASE)
-MASK = "(hidden)"
 
 
 @dataclass(frozen=True)
@@ -117,13 +116,8 @@ def without_npu(deployment: Mapping[str, Any] | None) -> bool:
 def masked(deployment: Mapping[str, Any]) -> dict[str, Any]:
     """The deployment without the values of secrets: environment names such as ``VLLM_API_KEY``, and ``--api-key``."""
     variables = deployment["environment"].items()
-    environment = {name: MASK if SECRET_NAME.search(name) else value for name, value in variables}
-    previous = ["", *deployment["command"]]
-    command = [
-        MASK if before == "--api-key" else f"--api-key={MASK}" if word.startswith("--api-key=") else word
-        for before, word in zip(previous, deployment["command"], strict=False)  # previous is one longer
-    ]
-    return {**deployment, "environment": environment, "command": command}
+    environment = {name: redaction.MASK if redaction.SECRET_NAME.search(name) else value for name, value in variables}
+    return {**deployment, "environment": environment, "command": redaction.masked(deployment["command"])}
 
 
 def load_stage(path: Path) -> dict[str, Any]:
