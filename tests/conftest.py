@@ -14,8 +14,7 @@ for folder in (
     *PROJECT.glob("roles/*/library"),
     *PROJECT.glob("roles/*/filter_plugins"),
     *PROJECT.glob("roles/*/action_plugins"),
-    PROJECT / "roles" / "vllm_service" / "files",
-    PROJECT / "roles" / "vllm_probe" / "files",
+    *PROJECT.glob("roles/*/files"),
 ):
     sys.path.insert(0, str(folder))
 # As Ansible does when it ships a module of a role.

@@ -1,0 +1,67 @@
+"""Run a playbook on this machine, with stand-ins for a host's commands: no root, no network, no lab."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from rendering import PROJECT
+
+#: Variables of a host that is this machine.
+HERE = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable}
+
+
+@dataclass(frozen=True)
+class Played:
+    rc: int
+    output: str
+
+    def recap(self, host: str) -> dict[str, int]:
+        """The counts of the host's line at the end of the output."""
+        (line,) = re.findall(rf"^{host} +: (.*)$", self.output, re.MULTILINE)
+        return {name: int(count) for name, count in (pair.split("=") for pair in line.split())}
+
+
+def stub(folder: Path, name: str, script: str) -> str:
+    """A command that runs ``script``."""
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def play(folder: Path, playbook: str, hosts: dict[str, dict[str, Any]], *more: str) -> Played:
+    """Plays on ``hosts``, with the commands in ``folder/bin``; reports land in ``folder/reports``."""
+    (folder / "hosts.yml").write_text(yaml.safe_dump({"ascend910": {"hosts": hosts}}))
+    if not (folder / "group_vars").exists():
+        (folder / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
+    (folder / "tmp").mkdir(exist_ok=True)
+    variables = f"glm_ocr_reports_dir={folder}/reports glm_ocr_state_dir={folder}/state"
+    command = [sys.executable, "-m", "ansible.cli.playbook", playbook, "-i", str(folder / "hosts.yml"), "-e", variables]
+    done = subprocess.run(
+        [*command, *more],
+        cwd=PROJECT,
+        env={
+            **os.environ,
+            "PATH": f"{folder}/bin:{os.environ['PATH']}",
+            "TMPDIR": str(folder / "tmp"),
+            "ANSIBLE_HOME": str(folder / "ansible"),
+            "ANSIBLE_REMOTE_TEMP": str(folder / "remote"),
+            "ANSIBLE_NOCOLOR": "1",
+        },
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    return Played(done.returncode, done.stdout)
