@@ -60,6 +60,7 @@ restarted: {type: bool, returned: when active, description: Whether the service 
 releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
 history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
 service: {type: dict, returned: when described, description: What systemd says of the unit.}
+engine_problem: {type: str, returned: when described, description: Why it cannot be told what runs; empty when it can.}
 """
 
 EXAMPLES = r"""
@@ -72,7 +73,7 @@ EXAMPLES = r"""
 """
 
 LABEL = "glm-ocr.release"
-SHOWN = ("ActiveState", "SubState", "UnitFileState", "ActiveEnterTimestamp", "NRestarts")
+SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "StateChangeTimestamp", "NRestarts")
 
 
 # --- pure -------------------------------------------------------------------------------------------------
@@ -129,15 +130,24 @@ class Service:
         self.unit_path = f"/etc/systemd/system/{self.name}.service"
         self.environment_path = options["environment_file"]
         self.store = Store(options["store"])
+        #: Why the container engine cannot tell what runs; empty when it can.
+        self.engine_problem = ""
 
     def container(self) -> Dict[str, Any]:
         """The container engine's description of the running container; empty when none runs."""
-        done = subprocess.run(
-            [self.options["container_engine"], "container", "inspect", self.name],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [self.options["container_engine"], "container", "inspect", self.name],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                universal_newlines=True,
+                check=False,
+            )
+        except OSError as error:
+            self.engine_problem = str(error)
+            return {}
+        absent = "no such container" in done.stderr.lower()
+        self.engine_problem = "" if done.returncode == 0 or absent else done.stderr.strip()
         found = json.loads(done.stdout) if done.returncode == 0 else []
         return found[0] if found and found[0]["State"].get("Running") else {}
 
@@ -167,7 +177,9 @@ class Service:
         write_atomically(self.unit_path, release.unit, 0o644)
 
     def systemd(self) -> Dict[str, str]:
-        output = run(["systemctl", "show", self.name, *(f"--property={name}" for name in SHOWN)]).stdout
+        shown = [f"--property={name}" for name in SHOWN]
+        # Times without a question about the host's time zone.
+        output = run(["env", "TZ=UTC", "systemctl", "show", self.name, *shown]).stdout
         return dict(line.split("=", 1) for line in output.splitlines() if "=" in line)
 
     def start(self, release: Release, restart: bool) -> str:
@@ -257,7 +269,7 @@ def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
 def described(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     releases = [{"id": kept.id, "good_at": kept.good_at, "record": kept.record} for kept in service.store.all()]
     told = {"releases": releases, "history": service.store.history(20), "service": service.systemd()}
-    return {"changed": False, **told, **service.identity()}
+    return {"changed": False, **told, **service.identity(), "engine_problem": service.engine_problem}
 
 
 def now() -> str:
