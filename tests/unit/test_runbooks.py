@@ -1,0 +1,58 @@
+"""The runbooks: one page a verb, in both languages, with commands that can be typed as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rendering import PROJECT, ROLES
+
+RUNBOOKS = PROJECT / "docs" / "runbooks"
+#: What an operator runs; the lab is no part of production.
+VERBS = sorted(path.stem for path in PROJECT.glob("playbooks/*.yml") if not path.stem.startswith("lab"))
+BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    return "".join(BLOCK.findall(page.read_text())).splitlines()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_a_page_in_both_languages_with_the_same_commands(verb: str) -> None:
+    english, chinese = RUNBOOKS / f"{verb}.md", RUNBOOKS / "zh" / f"{verb}.md"
+    assert BLOCK.findall(english.read_text()) == BLOCK.findall(chinese.read_text())
+    assert commands(english)
+    headings = [len(re.findall(r"^## ", page.read_text(), re.MULTILINE)) for page in (english, chinese)]
+    assert headings == [4, 4], "when to use it, the command, when it worked, when it did not"
+
+
+def test_every_page_is_of_a_verb() -> None:
+    pages = {path.relative_to(RUNBOOKS).with_suffix("").as_posix() for path in RUNBOOKS.rglob("*.md")}
+    assert pages == {*VERBS, *(f"zh/{verb}" for verb in VERBS)}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
+    lines = commands(RUNBOOKS / f"{verb}.md")
+    for line in lines:
+        command, playbook, *arguments = shlex.split(line)
+        assert shlex.join([command, playbook, *arguments]) == line, (
+            "one plain command a line, without a shell's own signs"
+        )
+        assert command == "ansible-playbook"
+        assert (PROJECT / playbook).is_file()
+        assert arguments[:2] == ["-l", "npu-01"]
+    assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in lines)
+
+
+@pytest.mark.parametrize("page", sorted(RUNBOOKS.rglob("*.md")), ids=lambda page: page.relative_to(RUNBOOKS).as_posix())
+def test_what_a_page_refers_to_exists(page: Path) -> None:
+    text = page.read_text()
+    known = {name for path in ROLES.glob("*/defaults/main.yml") for name in yaml.safe_load(path.read_text()) or {}}
+    assert set(re.findall(r"-e (\w+)=", text)) | set(re.findall(r"`(\w+_seconds)`", text)) <= known
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        assert (page.parent / link).is_file(), link
