@@ -18,8 +18,8 @@ from ledger import ledger
 from rendering import PROJECT
 
 OVERLAY = PROJECT / "files" / "overlays" / "rotary_embedding"
-#: A file of the engine that serving does not need.
-TARGET = "/usr/local/lib/python3.11/dist-packages/vllm/collect_env.py"
+#: A file of the engine that nothing reads.
+TARGET = "/usr/local/lib/python3.11/dist-packages/vllm/py.typed"
 
 
 def image_of(node: Host) -> str:
@@ -76,7 +76,7 @@ def test_clients_that_ask_for_everything_are_a_warning(service: Host, play: Play
 def test_an_overlay_over_another_original_is_refused_with_both_hashes(
     service: Host, play: Play, tmp_path: Path
 ) -> None:
-    source = tmp_path / "collect_env.py"
+    source = tmp_path / "py.typed"
     source.write_text("# overlay\n")
     overlay = {"source": str(source), "target": TARGET, "original_sha256": "0" * 64}
     refused = play("deploy.yml", vllm_service_overlays=[overlay])
@@ -125,7 +125,7 @@ def test_an_image_with_an_old_transformers_is_refused_and_the_derived_image_pass
     # With that image as the stock one, the fix as data, and an overlay, the deployment passes and stays.
     (old_image,) = node.check_output("docker images --no-trunc --quiet localhost/glm-ocr-derived").split()
     node.check_output(f"docker tag {old_image} {OLD_IMAGE}")
-    source = tmp_path / "collect_env.py"
+    source = tmp_path / "py.typed"
     source.write_text("# an overlay of a test\n")
     original = in_image(node, base, f"sha256sum {TARGET}").split()[0]
     given = {

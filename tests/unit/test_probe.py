@@ -6,6 +6,7 @@ import argparse
 import copy
 import hashlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from ansible.module_utils.findings import CATALOGUE
 
 import probe
 from rendering import ROLES
@@ -48,7 +50,7 @@ def test_a_known_model_type_and_a_trusted_one_of_the_checkpoints_own_pass() -> N
     assert probe.check_model_type(own, ["/w", "--trust-remote-code"], {"glm_ocr"}, "5.3.0") == []
     (finding,) = probe.check_model_type(own, ["/w"], {"glm_ocr"}, "5.3.0")
     assert "a newer transformers" in finding.expected
-    assert "trust-remote-code: true" in finding.fix
+    assert "glm_ocr_trust_remote_code: true" in finding.fix
 
 
 def test_an_unregistered_architecture_is_refused() -> None:
@@ -224,6 +226,47 @@ def test_npu_smi_is_run(script: str | None, trouble: str, tmp_path: Path, monkey
     monkeypatch.setenv("PATH", str(tmp_path))
     found = probe.npu_smi_trouble()
     assert found == trouble or (trouble and found.startswith(trouble))
+
+
+def every_finding() -> list[probe.Finding]:
+    """One of each id that the checks make."""
+    config = copy.deepcopy(CONFIG)
+    config["text_config"] |= {"vocab_size": 321, "intermediate_size": 1}
+    nano_model = nano(**config)
+    tensors = {**nano_model.tensors, "lm_head.weight": probe.Tensor("F32", (320, 128))}
+    wrong = probe.Checkpoint(config, tensors, nano_model.files, ["pt"], {"lm_head.weight": "absent.safetensors"})
+    own = CONFIG | {"model_type": "other", "auto_map": {"AutoConfig": "x.Y"}}
+    return [
+        *probe.check_model_type(CONFIG, [], [], "4.57.6"),
+        *probe.check_model_type(own, [], [], "4.57.6"),
+        *probe.check_architecture(CONFIG, [], "0.1"),
+        *probe.check_flags("unrecognized arguments"),
+        *probe.check_lengths(CONFIG, ["--max-model-len", "200000"], 200000),
+        *probe.check_checkpoint(wrong),
+        *probe.check_checkpoint(probe.Checkpoint(CONFIG, {}, {}, ["mlx"], None)),
+        *probe.check_overlays([{"target": "/a", "original_sha256": "1"}], {"/a": None}),
+        *probe.check_driver([], "exit status 1"),
+        probe.broken("vLLM", ImportError("no")),
+        probe.unreadable(Path("/w"), probe.CheckpointError("config.json")),
+    ]
+
+
+def test_every_id_is_tried_here_and_in_the_catalogue() -> None:
+    tried = {finding.id for finding in every_finding()}
+    source = Path(probe.__file__).read_text()
+    assert tried | {"PROBE_ERROR"} == set(re.findall(r"\"(PROBE_[A-Z_]+)\"", source))
+    assert tried <= set(CATALOGUE)
+    readme = (ROLES / "vllm_probe" / "README.md").read_text()
+    assert set(re.findall(r"`(PROBE_[A-Z_]+)`", readme)) == tried | {"PROBE_ERROR", "PROBE_RUN"}
+
+
+@pytest.mark.parametrize("finding", every_finding(), ids=lambda finding: finding.id)
+def test_both_languages_give_the_same_commands(finding: probe.Finding) -> None:
+    assert re.search(r"[\u4e00-\u9fff]", finding.fix_zh), "not Chinese"
+    assert not re.search(r"[\u4e00-\u9fff]", finding.fix)
+    for told in (r"`[^`]+`", r"\b(?:glm_ocr|vllm)_\w+"):
+        in_chinese = set(re.findall(told, finding.fix_zh, re.ASCII))
+        assert in_chinese == set(re.findall(told, finding.fix, re.ASCII))
 
 
 # --- the whole probe, with an image of fakes --------------------------------------------------------------

@@ -61,6 +61,7 @@ CATALOGUE: Dict[str, str] = {
     "PROBE_CHECKPOINT": "the checkpoint's files, as the container sees them",
     "PROBE_IMPORT": "the image's Python packages",
     "PROBE_ERROR": "the probe itself",
+    "PROBE_RUN": "whether the image answers the probe at all",
 }
 
 

@@ -38,12 +38,14 @@ EXAMPLES = 4
 
 @dataclass(frozen=True)
 class Finding:
+    """As on the hosts (roles/glm_ocr/module_utils/findings.py, which has the catalogue of ids)."""
+
     id: str
-    severity: str
     expected: str
     found: str
     fix: str
     fix_zh: str
+    severity: str = "error"
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,11 @@ def check_model_type(
         "inventory/group_vars/ascend910/vllm_image.yml），或将 glm_ocr_image 指向自带该版本的镜像"
     )
     if own_code:
-        fix = "set trust-remote-code: true in vllm_service_flags if you trust the checkpoint's own code; or " + fix
-        fix_zh = "若信任权重自带的代码，可在 vllm_service_flags 中设置 trust-remote-code: true；或" + fix_zh
+        fix = "set glm_ocr_trust_remote_code: true if you trust the checkpoint's own code; or " + fix
+        fix_zh = "若信任权重自带的代码，可设置 glm_ocr_trust_remote_code: true；或" + fix_zh
     return [
         Finding(
             "PROBE_MODEL_TYPE",
-            "error",
             f"an image whose transformers knows the checkpoint's model_type {model_type}: {needed}",
             f"transformers {version}, which does not know it"
             + (", and code of its own that is not trusted" if own_code else ""),
@@ -124,7 +125,6 @@ def check_architecture(config: Mapping[str, Any], supported: Collection[str], ve
     return [
         Finding(
             "PROBE_ARCHITECTURE",
-            "error",
             f"a vLLM that registers the checkpoint's architecture {named}",
             f"vLLM {version}, which does not",
             "name an image with a newer vLLM in glm_ocr_image, or correct glm_ocr_weights_path",
@@ -140,7 +140,6 @@ def check_flags(complaint: str) -> list[Finding]:
     return [
         Finding(
             "PROBE_FLAGS",
-            "error",
             "a command that the image's own `vllm serve` accepts",
             complaint,
             "correct vllm_service_flags or vllm_service_extra_flags; `vllm serve --help=all` in the image lists them",
@@ -160,13 +159,13 @@ def check_lengths(config: Mapping[str, Any], arguments: Sequence[str], client_ma
         findings.append(
             Finding(
                 "PROBE_CLIENT_MAX_TOKENS",
-                "warning",
                 f"room for a prompt beside the max_tokens that clients send ({client_max_tokens})",
                 f"--max-model-len {length}: every such request ends in HTTP 400",
                 "raise glm_ocr_max_model_len, or have the clients send less (the official SDK sends 8192 unless told "
                 "otherwise) and say so in glm_ocr_client_max_tokens",
                 "调大 glm_ocr_max_model_len，或让客户端减小 max_tokens（官方 SDK 默认发送 8192），"
                 "并同步修改 glm_ocr_client_max_tokens",
+                "warning",
             )
         )
     text = config.get("text_config") or config
@@ -181,7 +180,6 @@ def check_lengths(config: Mapping[str, Any], arguments: Sequence[str], client_ma
         findings.append(
             Finding(
                 "PROBE_MAX_MODEL_LEN",
-                "error",
                 f"--max-model-len of at most {limit}, the model's max_position_embeddings",
                 str(length),
                 f"set glm_ocr_max_model_len to {limit} or less",
@@ -246,7 +244,6 @@ def check_checkpoint(checkpoint: Checkpoint) -> list[Finding]:
         return [
             Finding(
                 "PROBE_MLX",
-                "error",
                 "a checkpoint as its publisher wrote it (safetensors, PyTorch's names and layout)",
                 "an MLX conversion: tensors renamed or transposed, which neither vLLM nor transformers loads",
                 "take zai-org/GLM-OCR itself, which is bf16 already, not a conversion for MLX of a similar name",
@@ -262,7 +259,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> list[Finding]:
         ]
         if lost:
             expected = "every tensor in the file that model.safetensors.index.json names"
-            findings.append(Finding("PROBE_INDEX", "error", expected, "missing: " + listed(lost), copy, copy_zh))
+            findings.append(Finding("PROBE_INDEX", expected, "missing: " + listed(lost), copy, copy_zh))
     if checkpoint.config.get("model_type") == "glm_ocr":
         findings += check_shapes(checkpoint, copy, copy_zh)
     types = Counter(tensor.dtype for tensor in checkpoint.tensors.values())
@@ -270,7 +267,7 @@ def check_checkpoint(checkpoint: Checkpoint) -> list[Finding]:
         found = ", ".join(f"{count} in {dtype}" for dtype, count in sorted(types.items()))
         fix = "take the publisher's bf16 weights; another type needs other memory and reads differently"
         fix_zh = "请使用发布方的 bf16 权重；其他数据类型的显存占用与识别结果都会不同"
-        findings.append(Finding("PROBE_DTYPE", "warning", "all tensors in BF16", found, fix, fix_zh))
+        findings.append(Finding("PROBE_DTYPE", "all tensors in BF16", found, fix, fix_zh, "warning"))
     return findings
 
 
@@ -279,7 +276,7 @@ def check_shapes(checkpoint: Checkpoint, copy: str, copy_zh: str) -> list[Findin
         shapes = expected_shapes(checkpoint.config)
     except (KeyError, TypeError) as error:
         expected = "config.json with the sizes of text_config and vision_config"
-        return [Finding("PROBE_TENSORS", "error", expected, f"no usable {error}", copy, copy_zh)]
+        return [Finding("PROBE_TENSORS", expected, f"no usable {error}", copy, copy_zh)]
     wrong = []
     for name, shape in shapes.items():
         tensor = checkpoint.tensors.get(name)
@@ -290,18 +287,18 @@ def check_shapes(checkpoint: Checkpoint, copy: str, copy_zh: str) -> list[Findin
     findings = []
     if wrong:
         expected = "tensors with the names and shapes that config.json implies"
-        findings.append(Finding("PROBE_TENSORS", "error", expected, listed(wrong), copy, copy_zh))
+        findings.append(Finding("PROBE_TENSORS", expected, listed(wrong), copy, copy_zh))
     width = checkpoint.config["text_config"].get("intermediate_size")
     merged, _ = shapes["model.visual.merger.up_proj.weight"]
     if width != merged:
         findings.append(
             Finding(
                 "PROBE_MERGER",
-                "warning",
                 f"text_config.intermediate_size {merged}, the width of the vision merger (as in the real model)",
                 f"{width}: newer vLLM (seen in 0.32.0) sizes the merger by it and cuts the tensor without any error",
                 "take the publisher's checkpoint, and trust no reading of images before the OCR check passed",
                 "请使用发布方的权重；在 OCR 检查通过之前，不要相信任何图像识别结果",
+                "warning",
             )
         )
     return findings
@@ -317,7 +314,6 @@ def check_overlays(overlays: Sequence[Mapping[str, str]], found: Mapping[str, st
     return [
         Finding(
             "PROBE_OVERLAY",
-            "error",
             f"{overlay['target']} with sha256 {overlay['original_sha256']}, which the overlay was made for",
             f"sha256 {actual}" if (actual := found[overlay["target"]]) else "no such file in the image",
             "make the overlay anew from the image's own file and set its original_sha256, or take it out of "
@@ -331,29 +327,22 @@ def check_overlays(overlays: Sequence[Mapping[str, str]], found: Mapping[str, st
 
 def check_driver(libraries: Collection[str], npu_smi: str) -> list[Finding]:
     """``libraries`` are the entries of the driver's library folder; ``npu_smi`` says what went wrong, if anything."""
-    observed = [
-        ("PROBE_DRIVER", f"the driver's libraries in {DRIVER_LIBRARIES}", "" if libraries else "an empty or no folder"),
-        ("PROBE_NPU_SMI", "`npu-smi info` to run", npu_smi),
-    ]
-    return [
-        Finding(
-            identity,
-            "error",
-            f"{expected}, inside the container",
-            trouble,
-            f"look at the host (`npu-smi info`, `ls {DRIVER_LIBRARIES}`), then correct glm_ocr_driver_paths",
-            f"在宿主机上检查（`npu-smi info`、`ls {DRIVER_LIBRARIES}`），然后修正 glm_ocr_driver_paths",
-        )
-        for identity, expected, trouble in observed
-        if trouble
-    ]
+    fix = f"look at the host (`npu-smi info`, `ls {DRIVER_LIBRARIES}`), then correct glm_ocr_driver_paths"
+    fix_zh = f"在宿主机上检查（`npu-smi info`、`ls {DRIVER_LIBRARIES}`），然后修正 glm_ocr_driver_paths"
+    findings = []
+    if not libraries:
+        expected = f"the driver's libraries in {DRIVER_LIBRARIES}, inside the container"
+        findings.append(Finding("PROBE_DRIVER", expected, "an empty folder, or none", fix, fix_zh))
+    if npu_smi:
+        expected = "`npu-smi info` to run inside the container"
+        findings.append(Finding("PROBE_NPU_SMI", expected, npu_smi, fix, fix_zh))
+    return findings
 
 
 def broken(package: str, error: BaseException) -> Finding:
     """What the image cannot even import, with the last line of the error."""
     return Finding(
         "PROBE_IMPORT",
-        "error",
         f"an image in which {package} can be imported",
         last_line(error),
         "name a whole image in glm_ocr_image; if vllm_image_derived_wheels is set, its packages may not fit together",
@@ -486,7 +475,6 @@ def complaint_about(arguments: Sequence[str]) -> str:
 def unreadable(folder: Path, error: CheckpointError) -> Finding:
     return Finding(
         "PROBE_CHECKPOINT",
-        "error",
         f"a readable checkpoint in {folder}",
         str(error),
         "copy it again from its publisher, or correct glm_ocr_weights_path",
@@ -539,7 +527,7 @@ def main() -> int:
     except Exception as error:
         fix = "report it with the lines above; to deploy meanwhile, go back to the inventory that last deployed"
         fix_zh = "请附上以上输出反馈此问题；如需先行部署，请恢复到上一次成功部署的配置"
-        findings = [Finding("PROBE_ERROR", "error", "a probe that completes", last_line(error), fix, fix_zh)]
+        findings = [Finding("PROBE_ERROR", "a probe that completes", last_line(error), fix, fix_zh)]
     versions = {package: installed_version(package) for package in PACKAGES}
     print(json.dumps({"findings": [asdict(finding) for finding in findings], "versions": versions}), flush=True)
     return status
