@@ -49,8 +49,8 @@ Play = Callable[..., Played]
 
 def node_named(name: str) -> Host:
     """A node of the lab, over SSH."""
-    inventories = [yaml.safe_load(path.read_text())["lab"]["children"]["lab_nodes"]["hosts"] for path in THREE_NODES]
-    hosts = {name: host for inventory in inventories for name, host in inventory.items()}
+    groups = [yaml.safe_load(path.read_text())["lab"]["children"] for path in THREE_NODES]
+    hosts = {name: host for group in groups for part in group.values() for name, host in part["hosts"].items()}
     keys = LAB_STATE / "ssh"
     return testinfra.get_host(
         f"ssh://root@{hosts[name]['ansible_host']}",
