@@ -74,6 +74,9 @@ def test_the_history_is_told_oldest_first(store: Store) -> None:
     for number in range(3):
         store.note({"number": number})
     assert store.history(2) == [{"number": 1}, {"number": 2}]
+    with Path(store.path("history.jsonl")).open("a") as file:
+        file.write('{"numb')
+    assert store.history(2) == [{"number": 2}]
     assert [release.id for release in store.all()] == ["a"]
 
 

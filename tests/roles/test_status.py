@@ -207,7 +207,7 @@ INSPECTED = json.dumps(
 
 @pytest.fixture(scope="module", params=[False, True], ids=["apply", "check"])
 def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Played, Path]:
-    """One host serves, one has a dead container engine, one does not answer, one has a bad inventory."""
+    """One host serves, one has a dead engine, one does not answer, one has a bad inventory, one no weights."""
     folder = tmp_path_factory.mktemp("status")
     stub(folder / "bin", "systemctl", SYSTEMCTL)
     stub(folder / "bin", "docker", f"case $1 in image) echo sha256:0123 ;; *) echo '{INSPECTED}' ;; esac")
@@ -220,9 +220,10 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         bound.bind(("127.0.0.1", 0))
         hosts = {
             "npu-01": {**HERE, "glm_ocr_weights_path": str(folder / "weights")},
-            "npu-02": {**HERE, "glm_ocr_weights_path": str(folder / "absent"), "glm_ocr_container_engine": "podman"},
+            "npu-02": {**HERE, "glm_ocr_container_engine": "podman"},
             "npu-03": {"ansible_host": "127.0.0.1", "ansible_port": bound.getsockname()[1]},
             "npu-04": {**HERE, "glm_ocr_port": 0},
+            "npu-05": {**HERE, "glm_ocr_weights_path": str(folder / "absent")},
         }
         played = play(folder, "playbooks/status.yml", hosts, *(["--check", "--diff"] if request.param else []))
     return played, folder / "reports"
@@ -230,7 +231,7 @@ def played(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def test_the_playbook_shows_every_host_and_changes_none(played: tuple[Played, Path]) -> None:
     play, _ = played
-    for host in ("npu-01", "npu-02", "npu-03", "npu-04"):
+    for host in ("npu-01", "npu-02", "npu-03", "npu-04", "npu-05"):
         assert play.recap(host)["changed"] == 0
     assert re.search(r"^ +npu-01 +active \(running\) .* abcd +[0-9a-f]{16} +none ", play.output, re.MULTILINE)
     assert re.search(r"^ +npu-02 +active \(running\) .* \? +\? +none ", play.output, re.MULTILINE)
@@ -241,7 +242,7 @@ def test_the_playbook_shows_every_host_and_changes_none(played: tuple[Played, Pa
 def test_only_hosts_that_cannot_be_asked_fail(played: tuple[Played, Path]) -> None:
     play, _ = played
     assert play.rc != 0
-    assert [play.recap(f"npu-0{number}")["failed"] for number in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    assert [play.recap(f"npu-0{number}")["failed"] for number in (1, 2, 3, 4, 5)] == [0, 0, 1, 1, 0]
     assert "npu-03 could not be asked" in play.output
 
 
@@ -255,10 +256,12 @@ def test_the_report_follows_the_schema_and_is_not_written_in_check_mode(played: 
     assert file.match("status/*/status.json")
     told = json.loads(file.read_text())
     jsonschema.Draft202012Validator(SCHEMA).validate(told)
-    serving, broken, *gone = told["hosts"]
+    serving, broken, unreachable, left, bare = told["hosts"]
     assert (serving["running"], serving["runs_wanted"], serving["problems"]) == ("abcd", False, [])
     assert serving["service"] == service_status.service(SHOWN)
     assert re.fullmatch("[0-9a-f]{16}", serving["wanted"])
     assert (broken["asked"], broken["wanted"], broken["running"]) == (True, None, None)
     assert len(broken["problems"]) == 2
-    assert [host["asked"] for host in gone] == [False, False]
+    assert (unreachable["asked"], left["asked"]) == (False, False)
+    assert (bare["running"], bare["wanted"]) == ("abcd", None)
+    assert "[WEIGHTS_CONFIG]" in bare["problems"][0]

@@ -167,10 +167,10 @@ def test_a_command_that_hangs_costs_its_timeout_alone_and_what_it_said_is_kept(h
     host.says("npu-smi", "half an answer\n", hanging)
     host.says("docker", "", hanging)
     started = time.monotonic()
-    found = host.bundle("--timeout=0.5")
-    assert time.monotonic() - started < 10
-    assert "npu-smi-info.txt: stopped after 0.5 s" in found["MANIFEST.txt"]
-    assert "container-engine-info.txt: stopped after 0.5 s" in found["MANIFEST.txt"]
+    found = host.bundle("--timeout=2")
+    assert time.monotonic() - started < 60
+    assert "npu-smi-info.txt: stopped after 2 s" in found["MANIFEST.txt"]
+    assert "container-engine-info.txt: stopped after 2 s" in found["MANIFEST.txt"]
     assert found["npu-smi-info.txt"] == "half an answer\n"
 
 

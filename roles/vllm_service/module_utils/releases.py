@@ -109,5 +109,10 @@ class Store:
             file.write(json.dumps(entry) + "\n")
 
     def history(self, last: int) -> List[Dict[str, Any]]:
-        lines = (read(self.path("history.jsonl")) or "").splitlines()
-        return [json.loads(line) for line in lines[-last:]]
+        entries = []
+        for line in (read(self.path("history.jsonl")) or "").splitlines()[-last:]:
+            try:
+                entries.append(json.loads(line))
+            except ValueError:  # half-written by a host that lost power: the releases matter more than the tale
+                continue
+        return entries
