@@ -232,7 +232,8 @@ def draw_seal(rng: random.Random, look: Look) -> tuple[Image.Image, str]:
     outer = round(radius + 1.6 * px)
     image = Image.new("RGB", (2 * outer + px, 2 * outer + px), WHITE)
     draw, centre = ImageDraw.Draw(image), image.width / 2
-    draw.circle((centre, centre), outer, outline=RED, width=max(2, px // 6))
+    ring_box = (centre - outer, centre - outer, centre + outer, centre + outer)
+    draw.ellipse(ring_box, outline=RED, width=max(2, px // 6))
     along = -sum(advances) / 2  # of the ring, from its top, clockwise
     for letter, advance in zip(ring, advances, strict=True):
         angle = (along + advance / 2) / radius

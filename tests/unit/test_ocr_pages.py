@@ -139,12 +139,13 @@ def test_html_of_a_table() -> None:
 def test_wrapping_keeps_the_text_and_the_width(language: str) -> None:
     font = ocr_pages.load("page-sans.ttf", 20)
     text = (" " if language == "en" else "").join(ocr_texts.SENTENCES[language]).replace("{number}", "9876")
-    lines = ocr_pages.wrapped(text, font, 400)
-    assert (" " if language == "en" else "").join(lines) == text
-    # A closing mark may hang over by its own width.
-    assert all(font.getlength(line.rstrip(ocr_pages.NEVER_FIRST)) <= 400 for line in lines)
-    assert not any(line[0] in ocr_pages.NEVER_FIRST for line in lines)
-    assert sum(line.count("9876") for line in lines) == text.count("9876"), "no number is broken"
+    for width in range(300, 420, 7):
+        lines = ocr_pages.wrapped(text, font, width)
+        assert (" " if language == "en" else "").join(lines) == text
+        # A closing mark may hang over by its own width.
+        assert all(font.getlength(line.rstrip(ocr_pages.NEVER_FIRST)) <= width for line in lines)
+        assert not any(line[0] in ocr_pages.NEVER_FIRST for line in lines)
+        assert sum(line.count("9876") for line in lines) == text.count("9876"), "no number is broken"
 
 
 def test_programs_keep_their_indentation() -> None:
