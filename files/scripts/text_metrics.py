@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
@@ -15,11 +15,16 @@ def edit_distance(a: Sequence[object], b: Sequence[object]) -> int:
     return row[-1]
 
 
-def character_error_rate(truths: Sequence[str], readings: Sequence[str]) -> float | None:
+def character_error_rate(
+    truths: Sequence[str],
+    readings: Sequence[str],
+    distance: Callable[[Sequence[object], Sequence[object]], int] = edit_distance,
+) -> float | None:
     """Pooled CER: the sum of edit distances over the sum of the truths' lengths; None without a character.
 
-    Raises ``ValueError`` when the two sequences differ in length.
+    ``distance`` may be a faster Levenshtein distance where there is one.  Raises ``ValueError`` when the two
+    sequences differ in length.
     """
     characters = sum(len(truth) for truth in truths)
-    distance = sum(edit_distance(truth, reading) for truth, reading in zip(truths, readings, strict=True))
-    return distance / characters if characters else None
+    errors = sum(distance(truth, reading) for truth, reading in zip(truths, readings, strict=True))
+    return errors / characters if characters else None
