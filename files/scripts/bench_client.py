@@ -48,8 +48,8 @@ class Target:
         return f"http://{self.host}"
 
 
-def resolve(url: str) -> Target:
-    """The target of a chat-completions URL: the first of its addresses that accepts a connection.
+def connect(url: str) -> tuple[Target, socket.socket]:
+    """The target of a chat-completions URL, at the first of its addresses that accepts a connection, and that one.
 
     Raises ``TargetError`` for a URL that is not plain HTTP, and when nothing listens.
     """
@@ -71,14 +71,16 @@ def resolve(url: str) -> Target:
     except (OSError, UnicodeError) as error:
         raise TargetError(f"no address for {host} ({error})") from error
     for family, _, _, _, address in found:
+        opened = socket.socket(family, socket.SOCK_STREAM)
+        opened.settimeout(10)
         try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.settimeout(10)
-                probe.connect(address)
+            opened.connect(address)
         except OSError as error:
+            opened.close()
             causes.append(f"{address[0]}: {error}")
         else:
-            return Target(parts.netloc.rpartition("@")[2], path, family, (str(address[0]), int(address[1])))
+            target = Target(parts.netloc.rpartition("@")[2], path, family, (str(address[0]), int(address[1])))
+            return target, opened
     raise TargetError(f"no connection to {url} ({'; '.join(causes)})")
 
 
@@ -126,9 +128,9 @@ class Exchange:
         """Decide whether a complete stream is a success: anything an OCR user would not accept is none."""
         reply = self.reply
         if reply.status != 200:
-            self.error, self.detail = f"http_{reply.status}", _message(reply.body)
+            self.error = f"http_{reply.status}"
         elif not reply.stream:
-            self.error, self.detail = "not_a_stream", _message(reply.body)
+            self.error = "not_a_stream"
         elif reply.error is not None:
             self.error, self.detail = "server_error", reply.error
         elif reply.finish_reason is None:
@@ -139,20 +141,24 @@ class Exchange:
         elif reply.first is None:
             self.error, self.detail = "empty", "the stream had no text"
 
+    def explain(self) -> str:
+        """What is known of a failure: ``detail``, else the server's own words."""
+        if self.detail or not self.error:
+            return self.detail
+        from chat_api import server_message  # requests takes 0.1 s to load, and only a failure needs it
 
-def _message(body: bytes) -> str:
-    from chat_api import server_message  # requests takes 0.1 s to load, and only a failure needs it
-
-    return server_message(body.decode("utf-8", "replace"))
+        return server_message(self.reply.body.decode("utf-8", "replace"))
 
 
 class _Connection:
     __slots__ = ("connecting", "exchange", "fd", "idle_since", "out", "recv", "sock", "streaming", "watched")
 
-    def __init__(self, target: Target) -> None:
-        self.sock = socket.socket(target.family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    def __init__(self, target: Target, opened: socket.socket | None = None) -> None:
+        self.sock = opened or socket.socket(target.family, socket.SOCK_STREAM)
+        self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.connect_ex(target.address)
+        if opened is None:
+            self.sock.connect_ex(target.address)
         self.fd = self.sock.fileno()
         self.recv = self.sock.recv
         self.exchange: Exchange | None = None
@@ -177,9 +183,9 @@ class Run:
 
 
 class Client:
-    """Connections to one target, reused over successive loads.  ``timeout`` in seconds, per request."""
+    """Connections to one target, ``opened`` the first, reused over successive loads; ``timeout`` in s, per request."""
 
-    def __init__(self, target: Target, timeout: float) -> None:
+    def __init__(self, target: Target, opened: socket.socket, timeout: float) -> None:
         self.target = target
         self._timeout = timeout
         self._epoll = select.epoll()
@@ -189,6 +195,7 @@ class Client:
         self._backlog_bytes = 0
         self._inflight = 0
         self._changed = 0.0
+        self._idle.append(self._open(opened))
 
     def close(self) -> None:
         """Close every connection."""
@@ -215,10 +222,10 @@ class Client:
         Closed loop without ``offsets``; with them, request ``i`` is due ``offsets[i]`` seconds after the start,
         whatever became of those before. ``progress`` gets the number of finished requests now and then.
         """
-        for _ in range(min(concurrency, count) - len(self._idle) if offsets is None else 0):
-            self._idle.append(self._open())
+        missing = max(min(concurrency, count) - len(self._idle), 0) if offsets is None else 0
+        self._idle += [self._open() for _ in range(missing)]
         cpu = time.process_time()
-        run = Run(started=clock(), connections_opened=len(self._idle))
+        run = Run(started=clock(), connections_opened=missing)
         self._changed = run.started
         slots = deque([run.started] * min(concurrency, count))  # when each free slot became free
         try:
@@ -268,13 +275,12 @@ class Client:
                 self._expire(run, slots, now)
                 if progress:
                     progress(sent - self._inflight)
-            if backlog and self._backlog_bytes <= BACKLOG_BYTES:
+            while self._backlog_bytes > BACKLOG_BYTES:
+                self._settle()
+            if backlog:
                 events = poll(0)
                 if not events:
                     self._settle()
-            elif backlog:
-                self._settle()
-                events = poll(0)
             elif offsets is not None and sent < count and slots:
                 # epoll waits in whole milliseconds; select, on the epoll itself, does not.
                 wait = min(run.started + offsets[sent], next_tick) - now
@@ -327,8 +333,8 @@ class Client:
                 if exchange.reply.complete:
                     self._finish(run, connection, slots, now, parsed=True)
 
-    def _open(self) -> _Connection:
-        connection = _Connection(self.target)
+    def _open(self, opened: socket.socket | None = None) -> _Connection:
+        connection = _Connection(self.target, opened)
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, select.EPOLLIN | select.EPOLLOUT)
         return connection

@@ -116,7 +116,7 @@ def request_line(exchange: Exchange, start: float) -> dict[str, Any]:
     return {
         "index": exchange.index,
         "error": exchange.error,
-        "detail": exchange.detail or None,
+        "detail": exchange.explain() or None,
         "t_sched": after(exchange.scheduled),
         "t_send": after(exchange.sent),
         "t_first": after(reply.first),

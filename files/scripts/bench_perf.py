@@ -20,10 +20,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import bench_export
 import bench_load
 import bench_server
-from bench_client import Client, Run, Target, TargetError, encode, resolve
+from bench_client import Client, Run, Target, TargetError, connect, encode
 from bench_stats import SLO_METRICS, summary
 from bench_workload import Workload, image_workload, text_workload
 from stage_result import EXIT_STATUS, engine_versions, finite, now, positive, write_json, write_text
@@ -131,8 +130,8 @@ def run(config: Config, progress: Callable[[str], None] = lambda _: None) -> Res
     }
     result = Result(report, [])
     try:
-        target = resolve(config.url)
-        client = Client(target, config.timeout)
+        target, opened = connect(config.url)
+        client = Client(target, opened, config.timeout)
         try:
             measure(config, target, client, result, progress)
         finally:
@@ -507,6 +506,8 @@ class Progress:
 
 def write(config: Config, result: Result) -> None:
     """Every file that was asked for.  Raises ``OSError``."""
+    import bench_export  # only when asked for: start-up is part of what a benchmark costs
+
     report = result.report
     if config.output:
         write_json(config.output, report)

@@ -159,7 +159,7 @@ def spread(values: Sequence[int]) -> dict[str, Any]:
 def counts(run: Run) -> dict[str, Any]:
     """How the requests ended; ``examples`` has the first detail of each kind of failure."""
     kinds = Counter(exchange.error for exchange in run.exchanges if exchange.error)
-    examples = {exchange.error: exchange.detail[:300] for exchange in reversed(run.exchanges) if exchange.error}
+    first = {exchange.error: exchange for exchange in reversed(run.exchanges) if exchange.error}
     failed = kinds.total()
     return {
         "sent": len(run.exchanges),
@@ -167,7 +167,7 @@ def counts(run: Run) -> dict[str, Any]:
         "failed": failed,
         "timeout": kinds["timeout"],
         "by_error": dict(sorted(kinds.items())),
-        "examples": {kind: examples[kind] for kind in sorted(examples)},
+        "examples": {kind: first[kind].explain()[:300] for kind in sorted(first)},
     }
 
 

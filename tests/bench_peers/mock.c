@@ -8,8 +8,9 @@
  * ITL_US 0 sends everything in one write. FRAGMENT > 0 cuts the stream into writes of that many bytes and the text is
  * Chinese. "continuous_usage_stats":true adds the usage so far to each chunk. SIGUSR1 stalls all writes for 2 s.
  *
- * LOG gets one line per reply: connection, seconds (CLOCK_MONOTONIC) at which the request had been read, the first
- * and the last content chunk were written, and the tokens. Truth is what was written, not what was planned.
+ * LOG gets one line per reply: its number, seconds (CLOCK_MONOTONIC) at which the request had been read, the first
+ * and the last content chunk were written, and the tokens; then lines with the time a stall began ("stall") and the number of connections
+ * ("connections"). Truth is what was written, not what was planned.
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -38,7 +39,7 @@ typedef struct {
 } connection;
 
 static connection *by_fd[MAX_CONNECTIONS], *heap[MAX_CONNECTIONS];
-static int heap_size, next_id, poller;
+static int heap_size, next_id, poller, accepted;
 static int64_t ttft_us, itl_us;
 static int tokens_setting, per_chunk, fragment;
 static FILE *journal;
@@ -236,6 +237,7 @@ static void on_signal(int number) {
 int main(int argc, char **argv) {
   if (argc != 8) return fprintf(stderr, "usage: mock PORT LOG TTFT_US ITL_US TOKENS TOKENS_PER_CHUNK FRAGMENT\n"), 2;
   journal = fopen(argv[2], "w");
+  if (journal) setvbuf(journal, NULL, _IOLBF, 0);
   ttft_us = atoll(argv[3]), itl_us = atoll(argv[4]);
   tokens_setting = atoi(argv[5]), per_chunk = atoi(argv[6]), fragment = atoi(argv[7]);
   signal(SIGUSR1, on_signal), signal(SIGTERM, on_signal);
@@ -258,11 +260,16 @@ int main(int argc, char **argv) {
       timeout = &wait;
     }
     int count = epoll_pwait2(poller, ready, 512, timeout, NULL);
-    if (stall_wanted) stall_wanted = 0, usleep(STALL_US);
+    if (stall_wanted) {
+      stall_wanted = 0;
+      fprintf(journal, "stall %.6f\n", now_us() / 1e6);
+      usleep(STALL_US);
+    }
     for (int i = 0; i < count; i++) {
       int fd = ready[i].data.fd;
       if (fd == listener) {
         for (int client; (client = accept4(listener, NULL, NULL, SOCK_NONBLOCK)) >= 0;) {
+          accepted++;
           if (client >= MAX_CONNECTIONS) { close(client); continue; }
           connection *c = by_fd[client] = calloc(1, sizeof *c);
           c->fd = client, c->heap_index = -1;
@@ -283,6 +290,7 @@ int main(int argc, char **argv) {
     for (int64_t now = now_us(); heap_size && heap[0]->due <= now;)
       if (advance(heap[0])) drop(heap[0]);
   }
+  fprintf(journal, "connections %d\n", accepted);
   fclose(journal);
   return 0;
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,11 +14,12 @@ import jsonschema
 import pytest
 
 import bench_perf
-from bench_client import Client, encode, resolve
+from bench_client import Client, connect, encode
 from scheduled_mock import ScheduledMock, served
 from stage_result import EXIT_STATUS
 
-SCHEMAS = Path(__file__).resolve().parents[2] / "files" / "schemas"
+FILES = Path(__file__).resolve().parents[2] / "files"
+SCHEMAS, SCRIPTS = FILES / "schemas", FILES / "scripts"
 VALIDATORS = [
     jsonschema.Draft202012Validator(json.loads((SCHEMAS / f"{name}.schema.json").read_text()))
     for name in ("stage", "bench")
@@ -51,7 +54,7 @@ def test_document_command_gives_its_four_figures(tmp_path: Path, capsys: pytest.
     assert "the maximum of 5 samples; a p99 needs 100" in lines[1]
     assert lines[-1] == "ocr_bench: PASS (3/3 checks)"
     assert [request["max_tokens"] for request in mock.requests] == [128] * 17
-    assert mock.connections <= 4, "one to look, two to send, none thrown away"
+    assert mock.connections == 2, "none thrown away"
 
 
 def test_times_are_those_of_the_server(tmp_path: Path) -> None:
@@ -303,7 +306,7 @@ def test_server_that_closes_each_connection(tmp_path: Path) -> None:
     with served(ScheduledMock(close_after_reply=True)) as mock:
         _, report = measured(mock.url, tmp_path)
     assert report["phases"][1]["counts"]["ok"] == 10
-    assert report["phases"][1]["client"]["connections_opened"] == 10
+    assert report["phases"][1]["client"]["connections_opened"] >= 8
 
 
 def test_little_s_law_holds(tmp_path: Path) -> None:
@@ -341,10 +344,20 @@ def test_unwritable_output_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_large_bodies_are_sent_whole() -> None:
     """Bigger than any socket buffer, so that the send is cut and continued."""
     with served(ScheduledMock()) as mock:
-        target = resolve(mock.url)
-        client = Client(target, timeout=30)
+        target, opened = connect(mock.url)
+        client = Client(target, opened, timeout=30)
         body = encode(target, json.dumps({"max_tokens": 2, "stream_options": {}, "pad": "x" * 16_000_000}).encode())
         run = client.run([body], 2, 1)
         client.close()
     assert [exchange.error for exchange in run.exchanges] == [None, None]
     assert len(mock.requests[1]["pad"]) == 16_000_000
+
+
+def test_start_loads_nothing_heavy(tmp_path: Path) -> None:
+    """Not even when /tokenize and /metrics are refused, as a front does."""
+    heavy = {"requests", "urllib3", "PIL", "asyncio", "numpy"}
+    code = f"import sys, bench_perf; s = bench_perf.main(sys.argv[1:]); sys.exit(s or str({heavy} & set(sys.modules)))"
+    with served(ScheduledMock(words=False)) as mock:
+        command = [sys.executable, "-c", code, "--url", mock.url, "--output", str(tmp_path / "bench.json")]
+        done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()", done.stderr
