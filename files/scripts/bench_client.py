@@ -121,8 +121,7 @@ class Exchange:
         """Feed what was read so far.  Raises ``ProtocolError``."""
         reads, stamps = self.reads, self.stamps
         self.reads, self.stamps = [], []
-        for data, stamp in zip(reads, stamps, strict=True):
-            self.reply.feed(data, stamp)
+        self.reply.feed_all(reads, stamps)
 
     def judge(self) -> None:
         """Decide whether a complete stream is a success: anything an OCR user would not accept is none."""

@@ -10,14 +10,19 @@ from __future__ import annotations
 import json
 import re
 from array import array
+from itertools import pairwise
+from operator import sub
 
 # A content event of vLLM in its own HTTP chunk, the one shape of which there are thousands; everything else takes
 # the general path. It cannot match by accident: a quote inside a JSON string is escaped, so a key is a key.
 CONTENT_CHUNK = re.compile(
-    rb"([0-9a-fA-F]+)\r\n(data: "
-    rb'\{[^{}]*"choices":\[\{"index":0,"delta":\{"content":"(?!")[^"\\]*(?:\\.[^"\\]*)*"\}[^{}]*"finish_reason":null[^{}]*\}\]'
-    rb'(?:,"usage":\{[^{}]*"completion_tokens":(\d+)[^{}]*\})?[^{}]*\}\n\n)\r\n'
+    rb"(?P<size>[0-9a-fA-F]+)\r\n(?P<event>"
+    rb'(?P<begin>data: \{[^{}]*"choices":\[\{"index":0,"delta":\{"content":")(?!")[^"\\]*(?:\\.[^"\\]*)*'
+    rb'(?P<end>"\}[^{}]*"finish_reason":null[^{}]*\}\](?P<usage>,"usage":\{)?'
+    rb'(?(usage)[^{}]*"completion_tokens":(?P<counted>\d+)[^{}]*\})[^{}]*\}\n\n))\r\n'
 )
+COUNTED = re.compile(rb'"completion_tokens":(\d+)')
+CHUNK_END = b"\n\n\r\n"
 TEXT_KEYS = ("content", "reasoning", "reasoning_content", "tool_calls")
 BODY_LIMIT = 64 << 20  # of a reply that is no event stream
 
@@ -34,7 +39,9 @@ class Reply:
     """
 
     __slots__ = (
+        "_begin",
         "_chunked",
+        "_end",
         "_head_done",
         "_left",
         "_line_end",
@@ -83,6 +90,8 @@ class Reply:
         self._left: int | None = None  # bytes of the body or chunk still to come; None: until the connection closes
         self._raw = b""  # framing not understood yet
         self._text = b""  # an event not complete yet
+        self._begin = b""  # what the content events of this reply have in common, once one was seen
+        self._end = b""
 
     def feed(self, data: bytes, time: float) -> None:
         """Take the bytes of one read.  Raises ``ProtocolError`` when they cannot be a reply."""
@@ -114,6 +123,24 @@ class Reply:
             self._left -= len(data)
             self._payload(data, time)
             self.complete = self._left == 0
+
+    def feed_all(self, reads: list[bytes], times: list[float]) -> None:
+        """``feed`` each; quicker for a long stream.  Raises ``ProtocolError``."""
+        at = 0
+        while at < len(reads):
+            if self._begin and not self._raw and not self._text and not self._left and not self._line_end:
+                end = at
+                while end < len(reads) and reads[end].endswith(CHUNK_END):
+                    end += 1
+                if end > at:
+                    if not self._burst(reads[at:end], times[at:end]):
+                        break
+                    at = end
+                    continue
+            self.feed(reads[at], times[at])
+            at += 1
+        for data, time in zip(reads[at:], times[at:], strict=True):
+            self.feed(data, time)
 
     def close(self) -> None:
         """The server closed the connection: the end of a reply that has no length of its own."""
@@ -151,7 +178,7 @@ class Reply:
             self.complete = True
 
     def _feed_chunks(self, data: bytes, time: float) -> None:
-        at, size = 0, len(data)
+        at, size, alike = 0, len(data), True
         while at < size:
             if self._left:
                 piece = data[at : at + self._left]
@@ -169,10 +196,18 @@ class Reply:
                 continue
             if not self._text and not self._trailer:
                 match = CONTENT_CHUNK.match(data, at)
-                if match and int(match[1], 16) == match.end(2) - match.start(2):
-                    counted = match[3]
-                    self._content(time, int(counted) if counted else None)
+                if match and int(match["size"], 16) == match.end("event") - match.start("event"):
+                    if not self._begin:
+                        # Without usage, all that follows the text is the same again.
+                        end = match.end("usage") if match["usage"] else match.end()
+                        self._begin, self._end = b"\r\n" + match["begin"], data[match.start("end") : end]
+                    self._content(time, int(match["counted"]) if match["counted"] else None)
                     at = match.end()
+                    last = data.rfind(self._begin, at) if alike else -1
+                    end = data.find(CHUNK_END, last) + len(CHUNK_END)
+                    if end > last >= 0:
+                        alike = self._burst([data[at:end]], [time])
+                        at = end if alike else at
                     continue
             end = data.find(b"\r\n", at)
             if end < 0:
@@ -189,6 +224,38 @@ class Reply:
                 raise ProtocolError(f"not a chunk header: {line[:40]!r}") from None
             self._trailer = self._left == 0
         self._raw = data[at:]
+
+    def _burst(self, reads: list[bytes], times: list[float]) -> bool:
+        """Take whole chunks that are all content events like the first, whatever their texts; else take nothing.
+
+        They are counted together instead of parsed one by one; of their chunk sizes the first is checked.
+        """
+        data = b"".join(reads)
+        numbers = [read.count(CHUNK_END) for read in reads]
+        number = sum(numbers)
+        if not data.count(self._begin) == data.count(self._end) == number or self._begin + b'"' in data:
+            return False
+        begin = data.find(self._begin)
+        try:
+            end = begin + 2 + int(data[:begin], 16)
+        except ValueError:
+            return False
+        if data[end : end + 2] != b"\r\n" or self.last is None:
+            return False
+        steps, counted = [1] * number, None
+        if self._end.endswith(b"{"):
+            counts = [int(count) for count in COUNTED.findall(data)]
+            if len(counts) != number or self.tokens_at_last is None:
+                return False
+            steps = [max(after - before, 0) for before, after in pairwise([self.tokens_at_last, *counts])]
+            self.tokens = counted = counts[-1]
+        if number != len(times):
+            times = [time for time, events in zip(times, numbers, strict=True) for _ in range(events)]
+        self.chunks += number
+        self.gaps.extend(map(sub, times, [self.last, *times]))
+        self.gap_tokens.extend(steps)
+        self.last, self.tokens_at_last = times[-1], counted
+        return True
 
     def _payload(self, piece: bytes, time: float) -> None:
         if not self.stream:

@@ -49,8 +49,7 @@ def said(reply: Reply) -> tuple[Any, ...]:
 def fed(*reads: bytes) -> Reply:
     """The reply after these reads, at times 1, 2, 3..."""
     reply = Reply()
-    for time, data in enumerate(reads, 1):
-        reply.feed(data, time)
+    reply.feed_all(list(reads), [float(time) for time in range(1, len(reads) + 1)])
     return reply
 
 
@@ -89,6 +88,54 @@ def test_definitions_to_the_digit(per_chunk: int, usage: bool, tpot: float, itl:
         "ttft": 5, "ttft_sched": 6, "tpot": tpot, "e2e": last - 10, "e2e_sched": last - 9
     }  # fmt: skip
     assert list(bench_stats.token_gaps(exchange)) == [itl] * (16 - per_chunk)
+
+
+def stream(*events: bytes) -> list[bytes]:
+    """A stream with these events between its head and its end, one read each."""
+    first = HEAD + event({"role": "assistant", "content": ""}, usage=0)
+    last = event({}, "length") + framed('{"choices": [], "usage": {"completion_tokens": 99}}') + framed("[DONE]")
+    return [first, *events, last + b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("usage", [True, False])
+def test_short_cuts_say_what_the_general_path_says(usage: bool) -> None:
+    """Any mixture of common and odd events, in reads of any number of them, against bytes fed one by one."""
+    rng = random.Random(2)
+    texts = ["token ", "文字", '"', "\\", '"}', "{}", "", "\n\n\r\n", '{"content":"', "x" * 1500]
+    for _ in range(60):
+        events, done = [], 0
+        for _ in range(rng.randint(1, 30)):
+            text = "token " if rng.random() < 0.8 else rng.choice(texts)
+            done += 1 if rng.random() < 0.9 else rng.choice([0, 4])
+            delta = {"reasoning": text} if rng.random() < 0.05 else {"content": text}
+            events.append(event(delta, usage=done if usage and rng.random() < 0.98 else None))
+        reads = stream(*events)
+        cuts = sorted(rng.sample(range(len(reads)), min(rng.choice([0, 3, 30]), len(reads))))
+        reads = [b"".join(reads[i:j]) for i, j in pairwise([0, *cuts, len(reads)]) if i < j]
+        slow = Reply()
+        for time, read in enumerate(reads, 1):
+            for at in range(len(read)):
+                slow.feed(read[at : at + 1], time)
+        quick = fed(*reads)
+        assert said(quick) == said(slow)
+        for name in ("first", "first_tokens", "last", "tokens_at_last", "gaps", "gap_tokens"):
+            assert getattr(quick, name) == getattr(slow, name), name
+
+
+@pytest.mark.parametrize("burst", [True, False])
+def test_short_cut_is_taken(monkeypatch: pytest.MonkeyPatch, burst: bool) -> None:
+    """Else the comparison with the peers is of another parser."""
+    reads = stream(*(event({"content": "token "}, usage=number) for number in range(1, 60)))
+    looked_at = []
+    content = Reply._content
+
+    def counting(self: Reply, time: float, counted: int | None) -> None:
+        looked_at.append(counted)
+        content(self, time, counted)
+
+    monkeypatch.setattr(Reply, "_content", counting)
+    assert fed(*([b"".join(reads)] if burst else reads)).chunks == 59
+    assert len(looked_at) == 1, "the first; the others were counted"
 
 
 def test_common_shape_takes_the_short_path() -> None:
