@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,6 @@ class Peer:
     command: Callable[[Path, Job], list[str]]
     read: Callable[[Path], Measured]
     slow: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
 
 
 def figures(**values: Any) -> Measured:
@@ -222,9 +221,7 @@ def guidellm_read(folder: Path) -> Measured:
     )
 
 
-# Compiled once, as the peers are by pip; a checkout stays clean.
-CACHE = {"PYTHONPYCACHEPREFIX": str(Path(tempfile.gettempdir()) / "bench-peers-pycache")}
-OURS = Peer("bench_perf.py", [], ours_command, ours_read, environment=CACHE)
+OURS = Peer("bench_perf.py", [], ours_command, ours_read)
 PEERS = [
     OURS,
     Peer("sglang-bench 0.5.23 (Rust)", ["--no-deps", "sglang==0.5.23"], sglang_command, sglang_read),
@@ -283,7 +280,8 @@ def run(
         log, output = folder / "log", folder / "output"
         with mock(binary, log, *settings) as (url, process):
             job = Job(url, requests, concurrency, folder, tokens, rate)
-            variables = {**os.environ, **peer.environment, "HF_HUB_DISABLE_TELEMETRY": "1"}
+            variables = {**os.environ, "HF_HUB_DISABLE_TELEMETRY": "1"}
+            variables.pop("PYTHONDONTWRITEBYTECODE", None)  # ours is compiled once, as the peers are by pip
             start = time.perf_counter()
             with output.open("w") as out:
                 client = subprocess.Popen(
