@@ -34,8 +34,11 @@ lab: .venv/dev  ## bring the lab up
 clean:  ## take the lab down; its caches stay
 	$(LAB) playbooks/lab_remove.yml
 
+bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/bench-peers.md (20 min, GBs of peers)
+	python tests/bench_peers/compare.py
+
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 	@touch $@
 
-.PHONY: help demo test lint test-fast test-lab lab clean
+.PHONY: help demo test lint test-fast test-lab lab clean bench-peers

@@ -9,6 +9,7 @@ import json
 import math
 import os
 from datetime import datetime, timezone
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ def engine_versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """The version of a distribution installed for this Python; None when it is absent."""
-    from importlib.metadata import PackageNotFoundError, version  # slow to load
+    if find_spec(package.replace("-", "_")) is None:
+        return None
+    from importlib.metadata import PackageNotFoundError, version  # slow to load, and only the engine's Python needs it
 
     try:
         return version(package)
