@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
 import random
 import secrets
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import chat_api
 import ocr_lines
+from stage_result import EXIT_STATUS, engine_versions, finite, now, positive, write_json
 from text_metrics import character_error_rate
 
 TEXT_PROMPT = "请用一句话介绍 GLM-OCR 模型。"
@@ -32,8 +29,6 @@ TEXT_MAX_TOKENS = 128
 IMAGE_PROMPT = "Text Recognition:"
 IMAGE_MAX_TOKENS = 64
 BODY_CHARACTERS = 2000
-PACKAGES = ("vllm", "vllm-ascend", "torch", "torch-npu", "transformers")
-EXIT_STATUS = {"PASS": 0, "FAIL": 1, "ERROR": 2}  # in order of severity
 
 FIX_UNREACHABLE = "Start the service, or correct --base-url, then look at its log if the port stays closed."
 FIX_SCRIPT = "Ship the whole files/scripts folder, fonts included, and check that Pillow and requests are installed."
@@ -210,44 +205,9 @@ def run(config: Config) -> dict[str, Any]:
         "started_at": started_at,
         "finished_at": now(),
         "arguments": asdict(config) | {"output": str(config.output)},
-        "engine": {package: installed_version(package) for package in PACKAGES},
+        "engine": engine_versions(),
         "checks": checks,
     }
-
-
-def now() -> str:
-    """The time, UTC, in ISO 8601."""
-    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-
-
-def installed_version(package: str) -> str | None:
-    """The version of a distribution installed for this Python; None when it is absent."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def write_json(path: Path, data: dict[str, Any]) -> None:
-    """Write all of ``data`` or nothing, so that no reader meets half a report.  Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
-
-
-def positive(text: str) -> int:
-    """An argparse type: a whole number of at least 1."""
-    if (number := int(text)) < 1:
-        raise ValueError(text)
-    return number
-
-
-def finite(text: str) -> float:
-    """An argparse type: a number from 0 up.  Infinity and NaN would let any reading pass."""
-    if not 0 <= (number := float(text)) < math.inf:
-        raise ValueError(text)
-    return number
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
