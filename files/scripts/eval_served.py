@@ -132,16 +132,30 @@ class Compared:
 
 
 class ServiceError(Exception):
-    """The service gave no measurement: the verdict, what was found and what to do about it."""
+    """A reply that cannot be compared: what was found and what to do about it."""
 
-    def __init__(self, verdict: str, found: str, fix: str) -> None:
+    def __init__(self, found: str, fix: str) -> None:
         super().__init__(found)
-        self.verdict = verdict
         self.fix = fix
 
 
+def ask_all(config: Config, prompts: Sequence[Case]) -> list[Served]:
+    """Every prompt's reply.  Raises ``ServiceError`` for all unusable ones at once, and as ``chat_api.send`` does."""
+    served, unusable = [], []
+    for index, case in enumerate(prompts, 1):
+        progress(f"service: prompt {index} of {len(prompts)}")
+        try:
+            served.append(ask(config, case))
+        except ServiceError as error:
+            unusable.append((case.name, error))
+    if unusable:
+        found = "; ".join(f"{name}: {error}" for name, error in unusable)
+        raise ServiceError(f"{len(unusable)} of {len(prompts)} replies unusable: {found}", unusable[0][1].fix)
+    return served
+
+
 def ask(config: Config, case: Case) -> Served:
-    """One chat request.  Raises ``ServiceError``."""
+    """One chat request.  Raises ``ServiceError``, and as ``chat_api.send`` does."""
     payload = chat_api.chat_request(
         config.model_name,
         case.prompt,
@@ -156,21 +170,14 @@ def ask(config: Config, case: Case) -> Served:
         "return_tokens_as_token_ids": True,
     }
     url = config.base_url.rstrip("/") + "/v1/chat/completions"
-    try:
-        response = chat_api.send(url, payload, timeout_seconds=config.timeout)
-    except chat_api.UnreachableError as error:
-        raise ServiceError("ERROR", str(error), FIX_SERVICE) from error
-    except chat_api.NoReplyError as error:
-        raise ServiceError("FAIL", f"{case.name}: {error}", FIX_LOG) from error
+    response = chat_api.send(url, payload, timeout_seconds=config.timeout)
     if response.status != 200:
         message = chat_api.server_message(response.body)
-        raise ServiceError(
-            "FAIL", f"{case.name}: HTTP {response.status}: {message}", FIX_STATUS.get(response.status, FIX_LOG)
-        )
+        raise ServiceError(f"HTTP {response.status}: {message}", FIX_STATUS.get(response.status, FIX_LOG))
     try:
         return parse_reply(response.body)
     except chat_api.MalformedReplyError as error:
-        raise ServiceError("FAIL", f"{case.name}: {error}", FIX_REPLY) from error
+        raise ServiceError(str(error), FIX_REPLY) from error
 
 
 def parse_reply(body: str) -> Served:
@@ -366,10 +373,7 @@ def run(config: Config) -> dict[str, Any]:
     expected = "a reply with token ids and probabilities to every prompt"
     prompts = accuracy_cases.cases(config.images, config.scale, config.seed)
     try:
-        served = []
-        for index, case in enumerate(prompts, 1):
-            progress(f"service: prompt {index} of {len(prompts)}")
-            served.append(ask(config, case))
+        served = ask_all(config, prompts)
         checks.append(check("service", True, expected, f"{len(served)} replies", ""))
         inputs = local_prompts(config, prompts)
         reference = local_distributions(config, "float32", inputs, served)
@@ -384,8 +388,12 @@ def run(config: Config) -> dict[str, Any]:
             for kind in (*KINDS, "all")
         }
         checks += judge(config, results, report["positions"])
+    except chat_api.UnreachableError as error:
+        checks.append(unmeasured("service", expected, str(error), FIX_SERVICE))
+    except chat_api.NoReplyError as error:
+        checks.append(check("service", False, expected, str(error), FIX_LOG))
     except ServiceError as error:
-        checks.append(unmeasured("service", expected, str(error), error.fix) | {"verdict": error.verdict})
+        checks.append(check("service", False, expected, str(error), error.fix))
     except LocalModelError as error:
         checks.append(unmeasured("reference", "GLM-OCR in fp32 and bf16 on this CPU", error.found, error.fix))
     return closed(report)

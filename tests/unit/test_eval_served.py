@@ -225,7 +225,9 @@ def test_faults_of_the_service_are_explained(
     status, report = measured(local.url, tmp_path)
     assert (status, report["verdict"]) == (1, "FAIL")
     assert named in found(report, "service")
-    assert found(report, "service").startswith("image-1: ")
+    if answer:
+        assert found(report, "service").startswith("4 of 8 replies unusable: image-1: ")
+        assert "text-1" not in found(report, "service")
     assert report["checks"][0]["fix"]
     assert (report["samples"], report["positions"]) == (None, None)
 
@@ -234,6 +236,12 @@ def test_closed_port_is_not_measured(closed_url: str, tmp_path: Path) -> None:
     status, report = measured(closed_url, tmp_path)
     assert (status, report["verdict"]) == (2, "ERROR")
     assert "no connection" in found(report, "service")
+
+
+def test_hanging_service_fails_at_the_first_prompt(silent_url: str, tmp_path: Path) -> None:
+    status, report = measured(silent_url, tmp_path, "--timeout", "0.05")
+    assert (status, failed(report)) == (1, {"service"})
+    assert "no reply" in found(report, "service")
 
 
 def test_without_torch_nothing_is_measured(service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
