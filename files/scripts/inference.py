@@ -13,7 +13,6 @@ error that names the fix.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +23,8 @@ from types import ModuleType
 from PIL import Image, ImageOps
 
 import chat_api
+import local_model
 import ocr_lines
-
-TRANSFORMERS_NEEDED = "5.1"  # the first release line with GlmOcrForConditionalGeneration
 
 
 class InferenceError(Exception):
@@ -93,58 +91,22 @@ def run_local(config: Config, image: Image.Image | None) -> str:
     model_path = config.model
     if model_path is None or not (model_path / "config.json").is_file():
         raise InferenceError(f"no config.json in {model_path}: pass the folder with the GLM-OCR weights to --model")
-    torch, transformers = required("torch"), required("transformers")
-    require_architecture(model_path, transformers)
-    device = config.device or best_device(torch)
-    if device == "npu":
-        required("torch_npu")  # registers the device with torch
-    content = [{"type": "image", "image": image}] if image else []
-    messages = [{"role": "user", "content": [*content, {"type": "text", "text": config.prompt}]}]
     try:
-        processor = transformers.AutoProcessor.from_pretrained(model_path, local_files_only=True)
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            model_path, dtype=torch.bfloat16, local_files_only=True
-        )
-        model = model.to(device).eval()
-        inputs = processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        ).to(device)
-        inputs.pop("token_type_ids", None)  # some tokenizers add them, and generate() refuses them
-        output = model.generate(**inputs, max_new_tokens=config.max_tokens, do_sample=False)
-    except Exception as error:  # loaders raise anything; the user needs one line
-        cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        raise InferenceError(
-            f"{model_path} failed on {device} ({cause}): check that the folder holds the complete official weights, "
-            "that torchvision is installed and that memory suffices"
-        ) from error
+        torch = local_model.required("torch")
+        local_model.require_architecture(model_path, local_model.required("transformers"))
+        device = config.device or best_device(torch)
+        local_model.require_device(device, torch)
+        processor = local_model.load_processor(model_path)
+        model = local_model.load_model(model_path, torch.bfloat16, device)
+        try:
+            inputs = local_model.on(device, local_model.encode(processor, config.prompt, image))
+            output = model.generate(**inputs, max_new_tokens=config.max_tokens, do_sample=False)
+        except Exception as error:  # anything can fail on a device; the user needs one line
+            raise local_model.unusable(model_path, device, error) from error
+    except local_model.LocalModelError as error:
+        raise InferenceError(f"{error}; or use --mode api") from error
     text: str = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     return text
-
-
-def required(module: str) -> ModuleType:
-    """Import late: API mode must not need it.  Raises ``InferenceError``."""
-    try:
-        return import_module(module)
-    except ImportError as error:
-        wanted = f"transformers>={TRANSFORMERS_NEEDED}" if module == "transformers" else module.replace("_", "-")
-        raise InferenceError(
-            f"local mode needs {module} ({error}): pip install '{wanted}', or use --mode api"
-        ) from error
-
-
-def require_architecture(model_path: Path, transformers: ModuleType) -> None:
-    """Raises ``InferenceError`` unless this transformers knows the ``model_type`` of the weights."""
-    try:
-        model_type = json.loads((model_path / "config.json").read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InferenceError(
-            f"{model_path}/config.json names no model_type ({error!r}): copy the official weights again"
-        ) from error
-    if model_type not in transformers.CONFIG_MAPPING:
-        raise InferenceError(
-            f"transformers {transformers.__version__} does not know model_type {model_type!r}; glm_ocr needs "
-            f">= {TRANSFORMERS_NEEDED}: pip install 'transformers>={TRANSFORMERS_NEEDED}', or use --mode api"
-        )
 
 
 def best_device(torch: ModuleType) -> str:
