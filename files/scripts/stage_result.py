@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from datetime import datetime, timezone
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,8 @@ def engine_versions() -> dict[str, str | None]:
 
 def installed_version(package: str) -> str | None:
     """The version of a distribution installed for this Python; None when it is absent."""
-    if find_spec(package.replace("-", "_")) is None:
+    module = package.replace("-", "_")
+    if module not in sys.modules and find_spec(module) is None:
         return None
     from importlib.metadata import PackageNotFoundError, version  # slow to load, and only the engine's Python needs it
 
