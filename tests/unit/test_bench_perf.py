@@ -102,8 +102,8 @@ def test_stall_shows_in_the_schedule(tmp_path: Path) -> None:
     }  # fmt: skip
     assert phase["inflight"]["peak"] == 2
     # 20 requests were due in the 400 ms; they waited 200 ms on average, so all 50 about 80 ms.
-    assert latency["e2e_sched"]["mean"] > 60 > 2 * latency["e2e"]["mean"]
-    assert latency["e2e_sched"]["p90"] > 250 > 10 * latency["e2e"]["p90"]
+    assert latency["e2e_sched"]["mean"] > latency["e2e"]["mean"] + 40
+    assert latency["e2e_sched"]["p90"] > 250 > latency["e2e"]["p90"]
 
 
 FAULTS: dict[str, tuple[str | int, str]] = {
@@ -361,3 +361,29 @@ def test_start_loads_nothing_heavy(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, "--url", mock.url, "--output", str(tmp_path / "bench.json")]
         done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("warmup", ["0", "2"])
+def test_interrupted_run_keeps_what_it_has(warmup: str) -> None:
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with served(ScheduledMock(faults={2: "hang"}, fault="hang" if warmup == "2" else None)) as mock:
+        config = bench_perf.parse_args(["--url", mock.url, "--warmup", warmup, "--input-len", "16"])
+        report = bench_perf.run(config, stop).report
+    assert report["verdict"] == "ERROR"
+    phase = report["warmup"] or report["phases"][0]
+    assert phase["counts"]["by_error"]["interrupted"] >= 1
+    assert phase["counts"]["ok"] == (0 if warmup == "2" else 2)
+    assert len(report["phases"]) <= 1
+
+
+def test_service_that_went_away() -> None:
+    with served(ScheduledMock()) as mock:
+        target, opened = connect(mock.url)
+    client = Client(target, opened, timeout=5)
+    run = client.run([encode(target, b"{}")], 4, 2)
+    client.close()
+    kinds = [exchange.error for exchange in run.exchanges]
+    assert kinds.count("disconnected") <= 1, "the connection that was open"
+    assert set(kinds) <= {"disconnected", "unreachable"}
