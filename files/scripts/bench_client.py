@@ -7,6 +7,7 @@ another. Linux only. Times are ``time.perf_counter()``, taken right after the re
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import socket
@@ -150,14 +151,15 @@ class Exchange:
 
 
 class _Connection:
-    __slots__ = ("connecting", "exchange", "fd", "idle_since", "out", "recv", "sock", "streaming", "watched")
+    __slots__ = ("connecting", "exchange", "fd", "idle_since", "out", "recv", "refused", "sock", "streaming", "watched")
 
     def __init__(self, target: Target, opened: socket.socket | None = None) -> None:
         self.sock = opened or socket.socket(target.family, socket.SOCK_STREAM)
         self.sock.setblocking(False)
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        if opened is None:
-            self.sock.connect_ex(target.address)
+        # Loopback refuses at once, and then forgets that it did.
+        refused = self.sock.connect_ex(target.address) if opened is None else 0
+        self.refused = 0 if refused == errno.EINPROGRESS else refused
         self.fd = self.sock.fileno()
         self.recv = self.sock.recv
         self.exchange: Exchange | None = None
@@ -311,18 +313,17 @@ class Client:
                     continue
                 exchange.reads.append(data)
                 exchange.stamps.append(now)
+                if not connection.streaming and data.startswith(b"HTTP/1.1 200"):
+                    head = data[:2048].lower()
+                    connection.streaming = (
+                        b"\r\ntransfer-encoding: chunked\r\n" in head and b"\r\nconnection: close" not in head
+                    )
                 if connection.streaming:
+                    # A read that cannot hold the end waits to be parsed; a doubtful one is parsed now.
                     if data.endswith(STREAM_END):
                         self._finish(run, connection, slots, now, parsed=False)
                         continue
                     if len(data) >= len(STREAM_END) and not data.endswith(b"\r\n\r\n"):
-                        continue
-                elif data.startswith(b"HTTP/1.1 200") and b"\r\ntransfer-encoding: chunked\r\n" in data[:2048].lower():
-                    connection.streaming = b"\r\nconnection: close" not in data[:2048].lower()
-                    if connection.streaming and not data.endswith(b"\r\n\r\n"):
-                        continue
-                    if connection.streaming and data.endswith(STREAM_END):
-                        self._finish(run, connection, slots, now, parsed=False)
                         continue
                 try:
                     exchange.parse()
@@ -389,7 +390,7 @@ class Client:
     def _writable(self, run: Run, connection: _Connection, slots: deque[float], mask: int) -> bool:
         """Handle everything but input; False when the connection is gone."""
         if connection.connecting and mask & (select.EPOLLOUT | select.EPOLLERR | select.EPOLLHUP):
-            if code := connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            if code := connection.refused or connection.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
                 self._lost(run, connection, slots, os.strerror(code), "unreachable")
                 return False
             connection.connecting = False

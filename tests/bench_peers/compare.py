@@ -285,7 +285,13 @@ def run(
             start = time.perf_counter()
             with output.open("w") as out:
                 client = subprocess.Popen(
-                    peer.command(venv, job), stdout=out, stderr=out, stdin=subprocess.DEVNULL, cwd=folder, env=variables
+                    peer.command(venv, job),
+                    stdout=out,
+                    stderr=out,
+                    stdin=subprocess.DEVNULL,
+                    cwd=folder,
+                    env=variables,
+                    start_new_session=True,  # some signal their process group when they end
                 )
                 stalled_at = None
                 deadline = start + 300
@@ -376,6 +382,7 @@ def show(value: float | None, digits: int = 2, sign: str = "") -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     """Markdown."""
     lines = ["| " + " | ".join(cells) + " |" for cells in [head, *rows]]
+    print("\n".join(lines), file=sys.stderr, flush=True)
     return [lines[0], "|" + "---|" * len(head), *lines[1:], ""]
 
 

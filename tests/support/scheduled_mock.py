@@ -131,8 +131,8 @@ class ScheduledMock:
             step = min(self.tokens_per_chunk, sent.tokens - done)
             done += step
             out += event({"content": self.text * step}, usage=done if per_chunk else None)
-            await self._write(writer, out)
             sent.writes.append(time.perf_counter())
+            await self._write(writer, out)
             out = b""
             if fault == "cut":
                 return False

