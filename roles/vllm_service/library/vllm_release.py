@@ -54,6 +54,7 @@ RETURN = r"""
 installed: {type: str, returned: always, description: Id of the release whose unit is installed, or empty.}
 running: {type: str, returned: always, description: Id of the release whose container runs, or empty.}
 image_id: {type: str, returned: always, description: Image of the container that runs, or empty.}
+release: {type: str, returned: always, description: "C(release), so that it need not be computed again"}
 last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
 good: {type: bool, returned: always, description: Whether C(release) was found good.}
 restarted: {type: bool, returned: when active, description: Whether the service was restarted.}
@@ -159,6 +160,7 @@ class Service:
             "installed": release_of_unit(read(self.unit_path)),
             "running": ((container.get("Config") or {}).get("Labels") or {}).get(LABEL, ""),
             "image_id": container.get("Image", ""),
+            "release": self.options["release"] or "",
             "last_good": last_good.id if last_good else "",
             "good": bool(wanted and wanted.good_at),
         }
@@ -206,10 +208,11 @@ class Service:
 
 def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     options = module.params
-    complaints = verify(options["unit"], f"{service.name}.service")
+    kept = service.store.get(options["release"])
+    # A kept release was accepted by systemd when it was staged.
+    complaints = verify(options["unit"], f"{service.name}.service") if kept is None else []
     if complaints:
         module.fail_json(msg="\n".join(["systemd refuses the unit; nothing was changed:", *complaints]))
-    kept = service.store.get(options["release"])
     changed = kept is None
     if changed and not module.check_mode:
         record = {"staged_at": now(), "staged_by": options["by"], **options["record"]}
