@@ -223,3 +223,11 @@ def test_findings_are_told_even_when_the_report_cannot_be_written(tmp_path: Path
     assert "[HOST_PORT]" in output
     assert "The report cannot be written" in output
     assert "Traceback" not in output
+
+
+def test_a_folder_that_two_roles_miss_is_told_once() -> None:
+    missing = {"severity": "error", "expected": "a", "found": "no such folder", "fix": "b", "fix_zh": "c"}
+    host, weights = {"id": "HOST_WEIGHTS", **missing}, {"id": "WEIGHTS_CONFIG", **missing}
+    both = preflight_report.findings_of({"ascend_host_findings": [host], "vllm_weights_findings": [weights]})
+    assert both == [host]
+    assert preflight_report.findings_of({"ascend_host_findings": [], "vllm_weights_findings": [weights]}) == [weights]

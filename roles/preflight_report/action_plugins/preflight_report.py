@@ -79,7 +79,14 @@ def findings_of(facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """What the roles published for a host, None when it was not checked."""
     if PUBLISHED[0] not in facts:
         return None
-    return [dict(finding) for name in PUBLISHED if name in facts for finding in facts[name]]
+    findings = [dict(finding) for name in PUBLISHED if name in facts for finding in facts[name]]
+    # Two roles look for the folder; its absence is told once.
+    told = any(finding["id"] == "HOST_WEIGHTS" for finding in findings)
+    return [
+        finding
+        for finding in findings
+        if not (told and finding["found"] == "no such folder" and finding["id"] == "WEIGHTS_CONFIG")
+    ]
 
 
 def started_at(run: str) -> str | None:

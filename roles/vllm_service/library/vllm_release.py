@@ -54,7 +54,7 @@ RETURN = r"""
 installed: {type: str, returned: always, description: Id of the release whose unit is installed, or empty.}
 running: {type: str, returned: always, description: Id of the release whose container runs, or empty.}
 image_id: {type: str, returned: always, description: Image of the container that runs, or empty.}
-release: {type: str, returned: always, description: "C(release), so that it need not be computed again"}
+release: {type: str, returned: when staged, description: "C(release), so that it need not be computed again"}
 last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
 good: {type: bool, returned: always, description: Whether C(release) was found good.}
 restarted: {type: bool, returned: when active, description: Whether the service was restarted.}
@@ -160,7 +160,6 @@ class Service:
             "installed": release_of_unit(read(self.unit_path)),
             "running": ((container.get("Config") or {}).get("Labels") or {}).get(LABEL, ""),
             "image_id": container.get("Image", ""),
-            "release": self.options["release"] or "",
             "last_good": last_good.id if last_good else "",
             "good": bool(wanted and wanted.good_at),
         }
@@ -221,7 +220,7 @@ def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
         difference(service.unit_path, read(service.unit_path), options["unit"]),
         difference(service.environment_path, read(service.environment_path), options["environment"]),
     ]
-    return {"changed": changed, "diff": diff, **service.identity()}
+    return {"changed": changed, "diff": diff, "release": options["release"], **service.identity()}
 
 
 def active(module: AnsibleModule, service: Service) -> Dict[str, Any]:
