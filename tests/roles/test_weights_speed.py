@@ -46,8 +46,7 @@ def test_the_first_hash_is_as_fast_as_sha256sum_on_all_cores(folder: Path) -> No
     def reference() -> None:
         subprocess.run(command, input=names, stdout=subprocess.DEVNULL, check=True)
 
-    reference()  # both find the files in the page cache
-    # In turns, so that other work on the machine meets both; the best of each counts.
+    # Both find the files in the page cache. In turns, so that other work meets both; the best of each counts.
     times = [(seconds(lambda: hash_files(folder, listed)), seconds(reference)) for _ in range(ROUNDS)]
     ours, theirs = (total / min(column) / 1e6 for column in zip(*times, strict=True))
     print(f"{total / 1e6:.0f} MB in {len(listed)} file(s), {cores} cores: {ours:.0f} MB/s; sha256sum {theirs:.0f} MB/s")
