@@ -233,27 +233,31 @@ def measure(config: Config, prompts: Sequence[Case], resources: Resources) -> tu
     floor, device = Comparison(), Comparison()
     try:
         config.output.parent.mkdir(parents=True, exist_ok=True)
-        scratch = tempfile.TemporaryDirectory(prefix=".eval_accuracy-", dir=config.output.parent)
+        # Without a name, so that nothing is left of a killed run; unbuffered, so that a full disk shows in the write.
+        spool = tempfile.TemporaryFile(dir=config.output.parent, buffering=0)
     except OSError as error:
         raise no_room(config, error) from error
-    with scratch as folder:
+    places: dict[tuple[str, str], int] = {}
 
-        def spooled(case: str, layer: str) -> str:
-            return f"{folder}/{case}.{layer}"
+    def keep(case: str, layer: str, tensor: Any) -> None:
+        places[case, layer] = spool.tell()
+        rest = tensor.contiguous().numpy().data.cast("B")
+        try:
+            while rest:
+                rest = rest[spool.write(rest) :]
+        except OSError as error:
+            raise no_room(config, error) from error
 
-        def keep(case: str, layer: str, tensor: Any) -> None:
-            try:
-                tensor.numpy().tofile(spooled(case, layer))
-            except OSError as error:
-                raise no_room(config, error) from error
+    def compare(side: Comparison) -> Callable[[str, str, Any], None]:
+        def take(case: str, layer: str, tensor: Any) -> None:
+            buffer = bytearray(4 * tensor.numel())
+            spool.seek(places[case, layer])
+            spool.readinto(buffer)
+            side.add(layer, torch.frombuffer(buffer, dtype=torch.float32).view(tensor.shape), tensor)
 
-        def compare(side: Comparison) -> Callable[[str, str, Any], None]:
-            def take(case: str, layer: str, tensor: Any) -> None:
-                mapped = torch.from_file(spooled(case, layer), size=tensor.numel(), dtype=torch.float32)
-                side.add(layer, mapped.view(tensor.shape), tensor)
+        return take
 
-            return take
-
+    with spool:
         run_pass(config, "cpu", "float32", inputs, resources, keep)
         run_pass(config, "cpu", "bfloat16", inputs, resources, compare(floor))
         run_pass(config, config.device, "bfloat16", inputs, resources, compare(device))
