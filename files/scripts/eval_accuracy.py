@@ -210,7 +210,7 @@ def run_pass(
         try:
             with torch.inference_mode():
                 forward(model, local_model.on(device, tensors), timed_take)
-        except (LocalModelError, OSError):
+        except LocalModelError:
             raise
         except Exception as error:  # anything can fail on a device
             raise local_model.unusable(config.model, device, error) from error
@@ -222,7 +222,7 @@ def run_pass(
 
 
 def measure(config: Config, prompts: Sequence[Case], resources: Resources) -> tuple[Comparison, Comparison]:
-    """The noise floor and the device against the reference.  Raises ``LocalModelError`` and ``OSError``."""
+    """The noise floor and the device against the reference.  Raises ``LocalModelError``."""
     torch = local_model.required("torch")
     with resources.timed("load"):
         processor = local_model.load_processor(config.model)
@@ -231,22 +231,45 @@ def measure(config: Config, prompts: Sequence[Case], resources: Resources) -> tu
             reply = processor.tokenizer.encode(case.drawn or "", add_special_tokens=False)
             inputs[case.name] = local_model.with_reply(local_model.encode(processor, case.prompt, case.image), reply)
     floor, device = Comparison(), Comparison()
-    config.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".eval_accuracy-", dir=config.output.parent) as folder:
+    try:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        # Without a name, so that nothing is left of a killed run; unbuffered, so that a full disk shows in the write.
+        spool = tempfile.TemporaryFile(dir=config.output.parent, buffering=0)
+    except OSError as error:
+        raise no_room(config, error) from error
+    places: dict[tuple[str, str], int] = {}
 
-        def spooled(case: str, layer: str) -> Path:
-            return Path(folder) / f"{case}.{layer}.pt"
+    def keep(case: str, layer: str, tensor: Any) -> None:
+        places[case, layer] = spool.tell()
+        rest = tensor.contiguous().numpy().data.cast("B")
+        try:
+            while rest:
+                rest = rest[spool.write(rest) :]
+        except OSError as error:
+            raise no_room(config, error) from error
 
-        def compare(side: Comparison) -> Callable[[str, str, Any], None]:
-            return lambda case, layer, tensor: side.add(layer, torch.load(spooled(case, layer), mmap=True), tensor)
+    def compare(side: Comparison) -> Callable[[str, str, Any], None]:
+        def take(case: str, layer: str, tensor: Any) -> None:
+            buffer = bytearray(4 * tensor.numel())
+            spool.seek(places[case, layer])
+            spool.readinto(buffer)
+            side.add(layer, torch.frombuffer(buffer, dtype=torch.float32).view(tensor.shape), tensor)
 
-        def keep(case: str, layer: str, tensor: Any) -> None:
-            torch.save(tensor.clone(), spooled(case, layer))  # a view would be saved with all it is a view of
+        return take
 
+    with spool:
         run_pass(config, "cpu", "float32", inputs, resources, keep)
         run_pass(config, "cpu", "bfloat16", inputs, resources, compare(floor))
         run_pass(config, config.device, "bfloat16", inputs, resources, compare(device))
     return floor, device
+
+
+def no_room(config: Config, error: OSError) -> LocalModelError:
+    """The reference's layers cannot be written."""
+    return LocalModelError(
+        f"no room for the reference's layers in {config.output.parent} ({error})",
+        "free space there, about 100 MB a prompt, or pass another --output",
+    )
 
 
 def table(config: Config, floor: Comparison, device: Comparison) -> dict[str, dict[str, Any]]:
@@ -409,10 +432,6 @@ def run(config: Config) -> dict[str, Any]:
         report["checks"] += judge(config, floor, device, report, peak, limit)
     except LocalModelError as error:
         report["checks"].append(unmeasured("device", f"a model on {config.device}", error.found, error.fix))
-    except OSError as error:
-        wanted = f"room for the reference's layers in {config.output.parent}"
-        fix = "Free space there, or pass another --output."
-        report["checks"].append(unmeasured("temporary_files", wanted, str(error), fix))
     return closed(report)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import math
+import resource
 import sys
 import tempfile
 import unittest
@@ -150,7 +151,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 
 @unittest.skipUnless(HAS_TORCH, "needs torch: run it in the engine's image, see tests/engine/README.md")
 class Runs(unittest.TestCase):
-    def run_with(self, damage: Damage | None = None) -> tuple[int, dict[str, Any]]:
+    def run_with(self, damage: Damage | None = None, loads: int = 3) -> tuple[int, dict[str, Any]]:
         """Exit status and JSON; the third model to be loaded, the device's, is damaged."""
         load, loaded = local_model.load_model, []
 
@@ -174,7 +175,8 @@ class Runs(unittest.TestCase):
             status = eval_accuracy.main(arguments)
             assert [path.name for path in Path(folder).iterdir()] == ["accuracy.json"]
             report: dict[str, Any] = json.loads(output.read_text())
-        assert [str(dtype) for dtype in loaded] == ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
+        expected = ["torch.float32", "torch.bfloat16", "torch.bfloat16"]
+        assert [str(dtype) for dtype in loaded] == expected[:loads]
         return status, report
 
     def test_healthy(self) -> None:
@@ -205,6 +207,16 @@ class Runs(unittest.TestCase):
                 failed = {entry["id"] for entry in report["checks"] if entry["verdict"] == "FAIL"}
                 assert status == 1
                 assert caught_by in failed
+
+    def test_a_full_disk_is_explained(self) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (16384, hard))  # as a full disk, a write ends in an OSError
+        try:
+            status, report = self.run_with(loads=1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert status == 2
+        assert "no room for the reference's layers" in report["checks"][-1]["found"]
 
     def test_a_folder_without_weights_is_explained(self) -> None:
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
