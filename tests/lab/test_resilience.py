@@ -63,3 +63,25 @@ def test_a_hand_edited_file_is_found_and_mended(deployed: Played, node: Host, pl
     assert mended.changed > 0
     assert "HCCL_BUFFSIZE=1\n" not in node.file("/etc/glm-ocr/glm-ocr.env").content_string
     assert container_start(node) != before
+
+
+def test_a_restart_that_an_earlier_run_owed_is_made_up_for(deployed: Played, node: Host, play: Play) -> None:
+    """As after a play that died between writing the files and restarting: right files, old process."""
+    before = container_start(node)
+    node.check_output("touch /etc/glm-ocr/glm-ocr.env")
+    mended = play("deploy.yml")
+    assert mended.rc == 0, mended.failures
+    assert container_start(node) != before
+
+
+def test_a_foreign_container_of_our_name_is_refused(deployed: Played, node: Host, play: Play) -> None:
+    image = node.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
+    node.check_output(f"systemctl stop glm-ocr && docker create --name glm-ocr {image} true")
+    try:
+        refused = play("deploy.yml")
+        kept = node.run("docker container inspect glm-ocr").rc
+    finally:
+        node.check_output("docker rm glm-ocr && systemctl start glm-ocr")
+    assert refused.rc != 0
+    assert "[HOST_CONTAINER]" in refused.failures
+    assert kept == 0
