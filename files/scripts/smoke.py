@@ -40,7 +40,7 @@ FIX_STATUS = {
 }
 FIX_IMAGE = (
     "If only this check fails, the vision path is at fault. On an NPU suspect the rotary embedding of vllm-ascend "
-    "0.18.0rc1 (issues 6925 and 12765): serve with a corrected one. Otherwise check the weights."
+    "0.18.0rc1 (issues 6925 and 12765): mount a corrected one (vllm_service_overlays). Otherwise check the weights."
 )
 
 
