@@ -59,6 +59,17 @@ def test_the_last_good_one_is_the_one_found_good_last(store: Store) -> None:
     assert (latest.id, before.id) == ("a", "b")
 
 
+def test_a_release_that_was_good_before_another_is_to_be_proven_again(store: Store, tmp_path: Path) -> None:
+    """A play that died between the swap and the proof left `a` running and `b` as what a failure would put back."""
+    options = {"service": "s", "store": store.folder, "environment_file": "", "container_engine": str(tmp_path / "none")}
+    stage(store, "a", "b")
+    good(store, "a", 10)
+    assert vllm_release.Service({**options, "release": "a"}).identity()["good"]
+    good(store, "b", 20)
+    assert not vllm_release.Service({**options, "release": "a"}).identity()["good"]
+    assert not vllm_release.Service({**options, "release": None}).identity()["good"]
+
+
 def test_pruning_keeps_the_last_good_ones_and_the_protected(store: Store) -> None:
     stage(store, "a", "b", "c", "never-good")
     for at, identifier in enumerate("abc"):

@@ -56,7 +56,7 @@ running: {type: str, returned: always, description: Id of the release whose cont
 image_id: {type: str, returned: always, description: Image of the container that runs, or empty.}
 release: {type: str, returned: when staged, description: "C(release), so that it need not be computed again"}
 last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
-good: {type: bool, returned: always, description: Whether C(release) was found good.}
+good: {type: bool, returned: always, description: Whether C(release) is the one that was found good last.}
 restarted: {type: bool, returned: when active, description: Whether the service was restarted.}
 releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
 history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
@@ -155,13 +155,13 @@ class Service:
     def identity(self) -> Dict[str, Any]:
         container = self.container()
         last_good = self.store.last_good()
-        wanted = self.store.get(self.options["release"] or "")
         return {
             "installed": release_of_unit(read(self.unit_path)),
             "running": ((container.get("Config") or {}).get("Labels") or {}).get(LABEL, ""),
             "image_id": container.get("Image", ""),
             "last_good": last_good.id if last_good else "",
-            "good": bool(wanted and wanted.good_at),
+            # A play that died between the swap and the proof leaves another one as the last good: not proven yet.
+            "good": bool(last_good and last_good.id == self.options["release"]),
         }
 
     def older_than_its_files(self) -> bool:
