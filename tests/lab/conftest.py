@@ -7,7 +7,8 @@ restores it, so tests run in any order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ansible_runner
@@ -26,6 +27,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
         playbook: str,
         *,
         check: bool = False,
+        inventories: Sequence[Path] = (INVENTORY,),
+        limit: str = "ascend910",
         **variables: Any,
     ) -> Played:
         private = tmp_path_factory.mktemp("runner")
@@ -34,8 +37,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             private_data_dir=str(private),
             project_dir=str(PROJECT),
             playbook=playbook,
-            inventory=str(INVENTORY),
-            limit="ascend910",
+            inventory=[str(path) for path in inventories],
+            limit=limit,
             extravars=variables,
             cmdline="--check --diff" if check else None,
             quiet=True,
