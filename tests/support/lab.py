@@ -67,7 +67,7 @@ def lab_node(verb: str, name: str) -> None:
 
 
 def extra_flags(**flags: Any) -> dict[str, Any]:
-    """The lab's `vllm_service_extra_flags` and more, for a play that overrides them; max_num_seqs=8 is --max-num-seqs 8."""
+    """The lab's `vllm_service_extra_flags` and more, for a play that overrides them; max_num_seqs is --max-num-seqs."""
     return ENGINE["vllm_service_extra_flags"] | {name.replace("_", "-"): value for name, value in flags.items()}
 
 
