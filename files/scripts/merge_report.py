@@ -26,17 +26,17 @@ import jsonschema
 import redaction
 import report_figures
 import report_page
-from report_files import UnusableError, load, schema
+from report_files import UnusableError, follow, load, schema
 from stage_result import EXIT_STATUS, write_json, write_text
 
 STAGE_SCHEMAS = {
-    "ocr_smoke": ("stage",),
-    "ocr_bench": ("stage", "bench"),
-    "ocr_accuracy": ("stage", "accuracy"),
-    "served_accuracy": ("stage", "accuracy"),
-    "ocr_quality": ("stage", "ocr_quality"),
+    "ocr_smoke": None,
+    "ocr_bench": "bench",
+    "ocr_accuracy": "accuracy",
+    "served_accuracy": "accuracy",
+    "ocr_quality": "ocr_quality",
 }
-"""The schemas of every stage's result, in the order of the report."""
+"""The stages in the order of the report, and the schema that each follows beside ``stage``, which has the smoke's."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def load_stage(path: Path) -> dict[str, Any]:
     stage = load(path, schema("stage"))
     if stage["stage"] != path.stem:
         raise UnusableError(f"{path.name}: expected stage {path.stem!r}, found {stage['stage']!r}; rename the file")
-    return load(path, *map(schema, STAGE_SCHEMAS[path.stem]))
+    if own := STAGE_SCHEMAS[path.stem]:
+        follow(path, stage, schema(own))
+    return stage
 
 
 def rendered(report: Mapping[str, Any], config: Config) -> Iterator[tuple[str, str]]:

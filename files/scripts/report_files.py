@@ -33,12 +33,17 @@ def load(path: Path, *rules: dict[str, Any]) -> dict[str, Any]:
     except RecursionError as error:
         raise UnusableError(f"{path.name}: nested too deeply to be a result; write it again") from error
     for rule in rules:
-        if fault := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(rule).iter_errors(data)):
-            raise UnusableError(
-                f"{path.name}: against {rule.get('$id', 'the schema')} at {fault.json_path}: {fault.message[:300]}; "
-                "write it with the scripts of this version"
-            )
+        follow(path, data, rule)
     return dict(data)
+
+
+def follow(path: Path, data: Any, rule: dict[str, Any]) -> None:
+    """Raises ``UnusableError`` when what was read from ``path`` does not follow the schema."""
+    if fault := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(rule).iter_errors(data)):
+        raise UnusableError(
+            f"{path.name}: against {rule.get('$id', 'the schema')} at {fault.json_path}: {fault.message[:300]}; "
+            "write it with the scripts of this version"
+        )
 
 
 def read(path: Path) -> str:

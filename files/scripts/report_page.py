@@ -12,6 +12,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,24 +174,32 @@ def translator(language: str) -> report_plots.Translate:
     return lambda text: messages.get(text, text)
 
 
-def html_page(template: Path, language: str, **names: Any) -> str:
-    """A self-contained page.  Raises ``jinja2.TemplateError``, and ``OSError`` for a template that cannot be read."""
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(template.parent), jinja2.FileSystemLoader(TEMPLATES)]),
+@lru_cache
+def environment(folder: Path) -> jinja2.Environment:
+    """Where the templates of ``folder`` and what they include are compiled, once for all languages."""
+    return jinja2.Environment(
+        loader=jinja2.ChoiceLoader([jinja2.FileSystemLoader(folder), jinja2.FileSystemLoader(TEMPLATES)]),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    translate = translator(language)
-    environment.globals.update(
-        _=translate,
-        language=language,
-        stage_titles=STAGE_TITLES,
-        quantity=report_plots.quantity,
-        short=short,
+
+
+def html_page(template: Path, language: str, **names: Any) -> str:
+    """A self-contained page.  Raises ``jinja2.TemplateError``, also for a template that cannot be read."""
+    return (
+        environment(template.parent)
+        .get_template(template.name)
+        .render(
+            **names,
+            _=translator(language),
+            language=language,
+            stage_titles=STAGE_TITLES,
+            quantity=report_plots.quantity,
+            short=short,
+        )
     )
-    return environment.get_template(template.name).render(**names)
 
 
 def report_html(report: Mapping[str, Any], template: Path, language: str, shown: Pictures) -> str:
