@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,7 +65,7 @@ def seconds(report: Mapping[str, Any]) -> float:
 
 def suite(host: str, found: list[Case], duration: float) -> ElementTree.Element:
     """The testsuite of one host."""
-    element = ElementTree.Element("testsuite", name=clean(host), time=f"{duration:.3f}", **counts(found))
+    element = ElementTree.Element("testsuite", {"name": clean(host), "time": f"{duration:.3f}"} | counts(found))
     for case in found:
         test = ElementTree.SubElement(
             element, "testcase", classname=clean(f"{host}.{case.stage}"), name=clean(case.name)
@@ -90,7 +90,8 @@ def clean(text: str) -> str:
 def summed_up(reports: Mapping[str, Mapping[str, Any] | str], paths: Mapping[str, str]) -> tuple[str, dict[str, Any]]:
     """JUnit XML and the summary.  ``reports`` holds the merged report of every host, or the text that says why there
     is none; ``paths`` where the reports are."""
-    root, summary = ElementTree.Element("testsuites", name="GLM-OCR"), {}
+    root = ElementTree.Element("testsuites", name="GLM-OCR")
+    hosts: dict[str, dict[str, Any]] = {}
     everything: list[Case] = []
     for host, report in sorted(reports.items()):
         if isinstance(report, str):
@@ -100,22 +101,21 @@ def summed_up(reports: Mapping[str, Mapping[str, Any] | str], paths: Mapping[str
             stages = {name: stage["verdict"] if stage else "ERROR" for name, stage in report["stages"].items()}
         root.append(suite(host, found, duration))
         everything += found
-        summary[host] = {
-            "verdict": worst([case.verdict for case in found]),
+        hosts[host] = {
+            "verdict": worst(case.verdict for case in found),
             "report": paths.get(host),
             "stages": stages,
             "failed": [f"{case.stage}.{case.name}" for case in found if case.verdict != "PASS"],
         }
-    for name, value in counts(everything).items():
-        root.set(name, value)
+    root.attrib.update(counts(everything))
     ElementTree.indent(root)
-    xml = ElementTree.tostring(root, encoding="unicode", xml_declaration=False)
+    xml = ElementTree.tostring(root, encoding="unicode")
     # No host at all was not a pass.
-    verdict = worst([host["verdict"] for host in summary.values()] or ["ERROR"])
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{xml}\n', {"verdict": verdict, "hosts": summary}
+    verdict = worst(case.verdict for case in everything) if everything else "ERROR"
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{xml}\n', {"verdict": verdict, "hosts": hosts}
 
 
-def worst(verdicts: list[str]) -> str:
+def worst(verdicts: Iterable[str]) -> str:
     """The most severe of them."""
     return max(verdicts, key=SEVERITY.index)
 
