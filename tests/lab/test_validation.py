@@ -37,9 +37,9 @@ def stages() -> dict[str, Any]:
 
 def ci(*more: str) -> tuple[int, dict[str, Any]]:
     """Exit status and last line of what a pipeline would type."""
-    command = [Path(sys.executable).with_name("ansible-playbook"), "playbooks/ci_validate.yml"]
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "playbooks/ci_validate.yml"]
     done = subprocess.run(
-        [*command, "-i", INVENTORY, "-l", "ascend910", *more],
+        [*command, "-i", str(INVENTORY), "-l", "ascend910", *more],
         cwd=PROJECT,
         env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
         stdin=subprocess.DEVNULL,

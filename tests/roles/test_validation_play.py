@@ -144,6 +144,12 @@ def test_a_ci_that_would_measure_nothing_is_red(more: list[str], host: dict[str,
     assert not (tmp_path / "calls.jsonl").exists()
 
 
+def test_a_ci_without_a_host_is_red(tmp_path: Path) -> None:
+    played = play(tmp_path, "playbooks/ci_validate.yml", {})
+    assert played.rc == 2
+    assert summary(played) == {"verdict": "ERROR", "junit": None, "hosts": {}}
+
+
 @pytest.mark.parametrize(
     ("tags", "skipped", "stages"),
     [

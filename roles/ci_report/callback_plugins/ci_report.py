@@ -20,7 +20,7 @@ DOCUMENTATION = """
 name: ci_report
 type: notification
 short_description: JUnit XML and a one-line JSON summary of the validations of a play
-description: Silent unless a play says with C(set_stats) where the JUnit XML belongs (C(ci_report_junit)).
+description: Loaded with the role, which says with C(set_stats) where the JUnit XML belongs (C(ci_report_junit)).
 """
 
 SEVERITY = ("PASS", "FAIL", "ERROR")
@@ -157,18 +157,22 @@ class CallbackModule(CallbackBase):  # type: ignore[misc]  # ansible ships no ty
 
     def v2_playbook_on_stats(self, stats: Any) -> None:
         told = dict(stats.custom)
-        if not (junit := told.pop("_run", {}).get("ci_report_junit")):
-            return
+        # Where no host matched, no task has told.
+        junit = told.pop("_run", {}).get("ci_report_junit")
         paths = {host: facts["validation_report"] for host, facts in told.items() if "validation_report" in facts}
         reports = {
             host: load(paths[host]) if host in paths else self.failures.get(host, NO_REPORT) for host in stats.processed
         }
         xml, summary = summed_up(reports, paths)
         try:
-            write(Path(junit), xml)
+            if junit:
+                write(Path(junit), xml)
         except OSError as error:
             self._display.error(f"ci_report: cannot write {junit} ({error}); pass a writable ci_report_junit")
             junit = None
         self._display.display(
             json.dumps({"verdict": summary["verdict"], "junit": junit, "hosts": summary["hosts"]}, ensure_ascii=False)
         )
+        if not (stats.failures or stats.dark) and (summary["verdict"] != "PASS" or not junit):
+            # Ansible is content with a play that matched no host; a pipeline must not be.
+            raise SystemExit(2)
