@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +62,10 @@ def summary(played: Played) -> dict[str, Any]:
 
 def test_all_stages_with_a_summary_for_ci(host: dict[str, Any], tmp_path: Path) -> None:
     """The stand-in for the service only keeps time: what reads or computes fails, and every stage says so."""
-    lost = {"ansible_host": "127.0.0.1", "ansible_port": 1, "ansible_ssh_common_args": "-o BatchMode=yes"}
-    played = play(tmp_path, "playbooks/ci_validate.yml", {"npu-01": host, "npu-02": lost})
+    with socket.socket() as bound:  # bound, so that nobody else takes it, and not listened on
+        bound.bind(("127.0.0.1", 0))
+        lost = {"ansible_host": "127.0.0.1", "ansible_port": bound.getsockname()[1]}
+        played = play(tmp_path, "playbooks/ci_validate.yml", {"npu-01": host, "npu-02": lost})
     assert played.rc != 0
 
     verdicts = {name: stage["verdict"] for name, stage in report(tmp_path)["stages"].items()}
@@ -74,6 +77,9 @@ def test_all_stages_with_a_summary_for_ci(host: dict[str, Any], tmp_path: Path) 
     samples = [sample for kind in report(tmp_path)["stages"]["ocr_quality"]["kinds"] for sample in kind["samples"]]
     assert {sample["id"] for sample in samples} == {f"{kind}-000" for kind in eval_ocr.KINDS}
     assert all((stages / sample["picture"]).read_bytes().startswith(b"\x89PNG") for sample in samples)
+
+    assert len(json.loads((stages.parent / "ocr_quality_readings.json").read_text())["readings"]) == len(samples)
+    assert not list(tmp_path.glob("state/reports/*/ocr_quality*")), "no second copy on the host"
 
     last = summary(played)
     assert last["verdict"] == "ERROR"
@@ -166,13 +172,19 @@ def test_the_tags_choose_the_stages(tags: list[str], skipped: list[str], stages:
     assert variables.template("{{ glm_ocr_run_stages }}") == stages
 
 
-def test_a_deployment_ends_with_its_own_stages(tmp_path: Path) -> None:
-    """As deploy.yml passes them; a stage that a tag names runs even if the inventory does not want it."""
-    wanted: dict[str, Any] = {"glm_ocr_stages": ["ocr_smoke"], "ansible_skip_tags": []}
-    every = HostVariables(tmp_path, ansible_run_tags=["all"], **wanted)
-    assert every.template("{{ glm_ocr_run_stages }}") == ["ocr_smoke"]
-    every.values["ansible_run_tags"] = ["ocr_bench"]
-    assert every.template("{{ glm_ocr_run_stages }}") == ["ocr_bench"]
+def test_a_deployment_ends_with_its_own_stages(host: dict[str, Any], tmp_path: Path) -> None:
+    *_, validation = yaml.safe_load((PROJECT / "deploy.yml").read_text())
+    (tmp_path / "validation.yml").write_text(
+        yaml.safe_dump([validation | {"ansible.builtin.import_playbook": str(PROJECT / "playbooks" / "validate.yml")}])
+    )
+    play(tmp_path, str(tmp_path / "validation.yml"), {"npu-01": host})
+    assert list(report(tmp_path)["stages"]) == ["ocr_smoke"]
+
+
+def test_a_stage_that_a_tag_names_runs_even_if_it_is_not_wanted(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"ansible_run_tags": ["ocr_bench"], "ansible_skip_tags": []}
+    variables = HostVariables(tmp_path, glm_ocr_stages=["ocr_smoke"], **given)
+    assert variables.template("{{ glm_ocr_run_stages }}") == ["ocr_bench"]
 
 
 @pytest.mark.parametrize("stages", [[], ["ocr_smoke", "ocr_bnech"]])
