@@ -26,6 +26,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
         playbook: str,
         *,
         check: bool = False,
+        tags: str = "",
         **variables: Any,
     ) -> Played:
         private = tmp_path_factory.mktemp("runner")
@@ -37,7 +38,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             inventory=str(INVENTORY),
             limit="ascend910",
             extravars=variables,
-            cmdline="--check --diff" if check else None,
+            cmdline=" ".join([*(["--check", "--diff"] if check else []), *(["--tags", tags] if tags else [])]) or None,
             quiet=True,
         )
         with result.stdout as stream:
