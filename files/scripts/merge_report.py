@@ -32,9 +32,9 @@ from stage_result import EXIT_STATUS, write_json, write_text
 STAGE_SCHEMAS = {
     "ocr_smoke": None,
     "ocr_bench": "bench",
-    "ocr_accuracy": "accuracy",
-    "served_accuracy": "accuracy",
     "ocr_quality": "ocr_quality",
+    "served_accuracy": "accuracy",
+    "ocr_accuracy": "accuracy",
 }
 """The stages in the order of the report, and the schema that each follows beside ``stage``, which has the smoke's."""
 

@@ -162,9 +162,9 @@ def quality(stage: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 FIGURES: dict[str, Callable[[Mapping[str, Any]], Iterator[dict[str, Any]]]] = {
     "ocr_smoke": smoke,
     "ocr_bench": bench,
-    "ocr_accuracy": accuracy,
-    "served_accuracy": served,
     "ocr_quality": quality,
+    "served_accuracy": served,
+    "ocr_accuracy": accuracy,
 }
 """By stage, in the order of the report."""
 

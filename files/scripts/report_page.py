@@ -34,9 +34,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 STAGE_TITLES = {
     "ocr_smoke": "Smoke test",
     "ocr_bench": "Benchmark",
-    "ocr_accuracy": "Accuracy of the model on the device",
-    "served_accuracy": "Accuracy of the served path",
     "ocr_quality": "OCR quality",
+    "served_accuracy": "Accuracy of the served path",
+    "ocr_accuracy": "Accuracy of the model on the device",
 }
 
 

@@ -81,6 +81,13 @@ def test_all_stages_with_a_summary_for_ci(host: dict[str, Any], tmp_path: Path) 
     assert len(json.loads((stages.parent / "ocr_quality_readings.json").read_text())["readings"]) == len(samples)
     assert not list(tmp_path.glob("state/reports/*/ocr_quality*")), "no second copy on the host"
 
+    (index,) = tmp_path.glob("reports/fleet/*/index.json")
+    fleet = json.loads(index.read_text())
+    assert (fleet["verdict"], fleet["hosts"]["npu-01"]["stages"]) == ("ERROR", verdicts)
+    assert fleet["hosts"]["npu-02"] is None, "a lost host is on the page of all"
+    page = (stages.parent / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(samples)
+
     last = summary(played)
     assert last["verdict"] == "ERROR"
     assert last["hosts"]["npu-01"]["stages"] == verdicts
@@ -109,6 +116,9 @@ def test_a_tag_runs_its_stage_alone_and_the_verdict_is_on_it(host: dict[str, Any
     assert (report(tmp_path)["verdict"], list(report(tmp_path)["stages"])) == ("PASS", ["ocr_bench"])
     assert list(helper_runs(tmp_path)) == ["bench_perf"]
     assert summary(played)["verdict"] == "PASS"
+    assert report(tmp_path)["history"] == {"runs": [], "older": 0, "skipped": []}
+    (index,) = tmp_path.glob("reports/fleet/*/index.json")
+    assert json.loads(index.read_text())["verdict"] == "PASS"
     root = ElementTree.parse(tmp_path / "reports" / "junit.xml").getroot()
     assert (root.get("failures"), root.get("errors")) == ("0", "0")
 
