@@ -60,7 +60,7 @@ def compared(expected: str, found: str, *, spaces: bool = False) -> tuple[list[S
     The marks are those of one shortest series of edits (Levenshtein 1966), which the character error rate counts.
     Only the first ``COMPARED_CHARACTERS`` of each are shown.
     """
-    a, b = (text.strip("\n") if spaces else " ".join(text.split()) for text in (expected, found))
+    a, b = (text.strip("\n").rstrip() if spaces else " ".join(text.split()) for text in (expected, found))
     long_a, long_b = a[COMPARED_CHARACTERS:], b[COMPARED_CHARACTERS:]
     a, b = a[:COMPARED_CHARACTERS], b[:COMPARED_CHARACTERS]
     left, right = [], []
