@@ -40,7 +40,8 @@ class ScheduledMock:
 
     ``faults[i]`` replaces reply ``i`` (from 0): ``refuse`` (closed unanswered), ``cut`` (closed in the middle),
     ``hang`` (never ends), ``abort`` (finish_reason abort), ``empty``, ``error`` (an error event), ``json`` (no
-    stream), or an HTTP status. ``fault`` is that of every reply ``faults`` does not name.
+    stream), or an HTTP status. ``fault`` is that of every reply ``faults`` does not name.  A request for no stream is
+    answered at once with ``text``.
     """
 
     ttft: float = 0.0
@@ -93,6 +94,11 @@ class ScheduledMock:
             return True
         if fault == "json":
             writer.write(plain(200, "{}"))
+            await writer.drain()
+            return True
+        if not request.get("stream"):
+            message = {"message": {"content": self.text}, "finish_reason": "stop"}
+            writer.write(plain(200, json.dumps({"choices": [message]})))
             await writer.drain()
             return True
         return fault != "refuse" and await self._stream(request, fault, reader, writer)
