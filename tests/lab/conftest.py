@@ -7,7 +7,8 @@ restores it, so tests run in any order.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import ansible_runner
@@ -27,6 +28,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
         *,
         check: bool = False,
         tags: str = "",
+        inventories: Sequence[Path] = (INVENTORY,),
+        limit: str = "ascend910",
         **variables: Any,
     ) -> Played:
         private = tmp_path_factory.mktemp("runner")
@@ -35,8 +38,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             private_data_dir=str(private),
             project_dir=str(PROJECT),
             playbook=playbook,
-            inventory=str(INVENTORY),
-            limit="ascend910",
+            inventory=[str(path) for path in inventories],
+            limit=limit,
             extravars=variables,
             cmdline=" ".join([*(["--check", "--diff"] if check else []), *(["--tags", tags] if tags else [])]) or None,
             quiet=True,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,9 +12,44 @@ import pytest
 import requests
 from testinfra.host import Host
 
-from lab import Play, Played, container_start
+from lab import Controller, Play, Played, chat, container_start, extra_flags, release
+from ledger import ledger
 
 pytestmark = pytest.mark.usefixtures("restored")
+
+#: Seconds within which a service whose processes were killed answers again; the lab's engine starts on 2 CPU cores.
+BACK_SECONDS = 240
+
+
+def engine_pid(node: Host, pattern: str) -> int:
+    """The pid, in the node, of the container's process whose command line begins so."""
+    top = node.check_output("docker top glm-ocr -eo pid,args").splitlines()[1:]
+    (pid,) = [int(line.split(None, 1)[0]) for line in top if line.split(None, 1)[1].startswith(pattern)]
+    return pid
+
+
+def wait_active(node: Host) -> None:
+    deadline = time.monotonic() + BACK_SECONDS
+    while node.run("systemctl is-active glm-ocr").stdout.strip() != "active":
+        assert time.monotonic() < deadline, "the service did not come back"
+
+
+@pytest.mark.parametrize("process", ["/usr/bin/python3 /usr/local/bin/vllm serve", "VLLM::EngineCore"])
+def test_a_killed_engine_leaves_nothing_behind_and_serves_again(
+    process: str, deployed: Played, node: Host, url: str
+) -> None:
+    before = container_start(node)
+    old = set(node.check_output("docker top glm-ocr -eo pid").split()[1:])
+    with ledger(url) as book:
+        node.check_output(f"kill -9 {engine_pid(node, process)}")
+        deadline = time.monotonic() + BACK_SECONDS
+        while container_start(node) in ("", before):
+            assert time.monotonic() < deadline
+        left = old & set(node.check_output("ps -eo pid").split())
+        wait_active(node)
+    assert left == set()
+    assert book.lost == []
+    assert chat(url, "OK", max_tokens=1).status_code == 200
 
 
 def test_requests_in_flight_complete_when_the_service_restarts(deployed: Played, play: Play, url: str) -> None:
@@ -74,6 +112,23 @@ def test_a_restart_that_an_earlier_run_owed_is_made_up_for(deployed: Played, nod
     assert container_start(node) != before
 
 
+def test_a_start_limit_that_was_hit_does_not_stop_a_deploy(deployed: Played, node: Host, play: Play) -> None:
+    folder = "/run/systemd/system/glm-ocr.service.d"
+    node.check_output(
+        f"systemctl stop glm-ocr && mkdir -p {folder} && printf '[Service]\\nRestart=no\\nExecStartPre=/bin/false\\n'"
+        f" > {folder}/fail.conf && systemctl daemon-reload"
+    )
+    try:
+        for _ in range(6):
+            node.run("systemctl start glm-ocr")
+        # Not its Result, which stays that of the start before.
+        journal = node.check_output("journalctl --unit glm-ocr --lines 5 --output cat --no-pager")
+        assert "Start request repeated too quickly" in journal
+    finally:
+        node.check_output(f"rm -r {folder} && systemctl daemon-reload")
+    assert play("deploy.yml").rc == 0
+
+
 def test_a_foreign_container_of_our_name_is_refused(deployed: Played, node: Host, play: Play) -> None:
     image = node.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
     node.check_output(f"systemctl stop glm-ocr && docker create --name glm-ocr {image} true")
@@ -85,3 +140,55 @@ def test_a_foreign_container_of_our_name_is_refused(deployed: Played, node: Host
     assert refused.rc != 0
     assert "[HOST_CONTAINER]" in refused.failures
     assert kept == 0
+
+
+#: Names of tasks in the order in which they run.
+POINTS = [
+    "deploy_lock : Acquire",
+    "vllm_image : Inspect",
+    "vllm_service : Stage",
+    "vllm_service : Activate | Run",
+    "ocr_smoke : Smoke",
+    "vllm_service : Accept",
+]
+
+
+@pytest.mark.parametrize("number", range(len(POINTS)), ids=[point.replace(" ", "") for point in POINTS])
+def test_a_killed_controller_is_no_harm(number: int, deployed: Played, node: Host, play: Play) -> None:
+    # Each point starts from another release, so that there is something to do.
+    wanted = extra_flags(max_num_seqs=16 + number)
+    controller = Controller("-e", json.dumps({"vllm_service_extra_flags": wanted}))
+    controller.reaches(POINTS[number])
+    controller.kill()
+    rerun = play("deploy.yml", vllm_service_extra_flags=wanted)
+    assert rerun.rc == 0, rerun.failures
+    again = play("deploy.yml", vllm_service_extra_flags=wanted)
+    assert (again.rc, again.changed) == (0, 0), again.failures
+
+
+def test_a_second_controller_stops_at_once(deployed: Played, node: Host, play: Play) -> None:
+    first = Controller()
+    try:
+        first.reaches("vllm_image : ")
+        os.killpg(first.process.pid, signal.SIGSTOP)
+        second = play("deploy.yml")
+    finally:
+        os.killpg(first.process.pid, signal.SIGCONT)
+        first.process.communicate()
+    assert second.rc != 0
+    assert "[HOST_LOCKED]" in second.failures
+    assert first.process.returncode == 0
+
+
+def test_rollback_goes_to_the_release_before_and_back(deployed: Played, node: Host, play: Play) -> None:
+    old = release(node)
+    assert play("deploy.yml", vllm_service_extra_flags=extra_flags(max_num_seqs=8)).rc == 0
+    new = release(node)
+    assert new != old
+    back = play("playbooks/rollback.yml")
+    assert back.rc == 0, back.failures
+    assert release(node) == old
+    refused = play("playbooks/rollback.yml", vllm_service_rollback_to="0000000000000000")
+    assert refused.rc != 0
+    assert new in refused.failures
+    assert release(node) == old

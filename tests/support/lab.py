@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import requests
 import testinfra
 import yaml
@@ -17,8 +22,10 @@ from rendering import PROJECT, ROLES
 
 NODE = "node1"
 INVENTORY = PROJECT / "inventory" / "lab"
+THREE_NODES = (INVENTORY, PROJECT / "tests" / "lab" / "three_nodes.yml")
 LAB_HOST = yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())
 LAB_STATE, LAB_CACHE = Path(LAB_HOST["lab_host_state_dir"]), Path(LAB_HOST["lab_host_cache_dir"])
+ENGINE = yaml.safe_load((PROJECT / "inventory" / "group_vars" / "lab_nodes" / "engine.yml").read_text())
 WEIGHTS = "/opt/atomgit/weights/GLM-OCR-bf16"
 #: Hash over everything a deployment writes on the host.
 STATE = (
@@ -43,14 +50,25 @@ Play = Callable[..., Played]
 
 def node_named(name: str) -> Host:
     """A node of the lab, over SSH."""
-    groups = yaml.safe_load(INVENTORY.read_text())["lab"]["children"].values()
-    hosts = {name: host for group in groups for name, host in group["hosts"].items()}
+    groups = [yaml.safe_load(path.read_text())["lab"]["children"] for path in THREE_NODES]
+    hosts = {name: host for group in groups for part in group.values() for name, host in part["hosts"].items()}
     keys = LAB_STATE / "ssh"
     return testinfra.get_host(
         f"ssh://root@{hosts[name]['ansible_host']}",
         ssh_identity_file=str(keys / "id_ed25519"),
         ssh_extra_args=f"-o UserKnownHostsFile={keys / 'known_hosts'} -o IdentitiesOnly=yes",
     )
+
+
+def lab_node(verb: str, name: str) -> None:
+    """What lab_node.py does from outside the node: remove it, cut its cable, join it again."""
+    folder = LAB_STATE / "nodes" / name
+    subprocess.run([sys.executable, ROLES / "lab_node" / "files" / "lab_node.py", verb, folder], check=True)
+
+
+def extra_flags(**flags: Any) -> dict[str, Any]:
+    """The lab's `vllm_service_extra_flags` and more, for a play that overrides them; max_num_seqs is --max-num-seqs."""
+    return ENGINE["vllm_service_extra_flags"] | {name.replace("_", "-"): value for name, value in flags.items()}
 
 
 def container_start(node: Host, engine: str = "docker") -> str:
@@ -100,3 +118,40 @@ def listener(node: Host, family: str, level: str, option: str, address: str) -> 
         yield pid
     finally:
         node.check_output(f"kill {pid}")
+
+
+class Controller:
+    """A play in a process of its own, to be killed at a point."""
+
+    def __init__(
+        self,
+        *arguments: str,
+        playbook: str = "deploy.yml",
+        inventories: Sequence[Path] = (INVENTORY,),
+        limit: str = "ascend910",
+    ) -> None:
+        sources = [word for inventory in inventories for word in ("-i", str(inventory))]
+        self.process = subprocess.Popen(
+            ["ansible-playbook", *sources, playbook, "-l", limit, *arguments],
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def reaches(self, point: str) -> None:
+        """Returns when the play's output names the point."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if point in line:
+                return
+        pytest.fail(f"the play ended before {point}")
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.communicate()
+
+    def ends(self) -> str:
+        """Waits for the play; returns the rest of its output."""
+        return self.process.communicate()[0]
