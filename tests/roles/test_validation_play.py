@@ -40,7 +40,7 @@ def host(tmp_path: Path) -> Iterator[dict[str, Any]]:
     engine = PROJECT / "tests" / "support" / "running_engine.py"
     stub(tmp_path / "bin", "docker", f'exec {sys.executable} {engine} {tmp_path} "$@"')
     (tmp_path / "serving").touch()
-    with served(ScheduledMock()) as mock:
+    with served(ScheduledMock(plain=True)) as mock:
         base_url = mock.url.removesuffix("/v1/chat/completions")
         yield HERE | SMALL | {"glm_ocr_library_dir": installed_scripts(tmp_path), "glm_ocr_base_url": base_url}
 

@@ -40,8 +40,7 @@ class ScheduledMock:
 
     ``faults[i]`` replaces reply ``i`` (from 0): ``refuse`` (closed unanswered), ``cut`` (closed in the middle),
     ``hang`` (never ends), ``abort`` (finish_reason abort), ``empty``, ``error`` (an error event), ``json`` (no
-    stream), or an HTTP status. ``fault`` is that of every reply ``faults`` does not name.  A request for no stream is
-    answered at once with ``text``.
+    stream), or an HTTP status. ``fault`` is that of every reply ``faults`` does not name.
     """
 
     ttft: float = 0.0
@@ -53,6 +52,7 @@ class ScheduledMock:
     chunk_usage: bool = True  # honour continuous_usage_stats
     usage: bool = True
     close_after_reply: bool = False
+    plain: bool = False  # a request for no stream is answered at once with ``text``
     words: bool = True  # /tokenize answers: one token a word and 10 of the template
     stall: tuple[float, float] | None = None  # from, to: seconds after the first request without a write
     fault: str | int | None = None
@@ -96,7 +96,7 @@ class ScheduledMock:
             writer.write(plain(200, "{}"))
             await writer.drain()
             return True
-        if not request.get("stream"):
+        if self.plain and not request.get("stream"):
             message = {"message": {"content": self.text}, "finish_reason": "stop"}
             writer.write(plain(200, json.dumps({"choices": [message]})))
             await writer.drain()
