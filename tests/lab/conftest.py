@@ -15,7 +15,7 @@ import ansible_runner
 import pytest
 from testinfra.host import Host
 
-from lab import INVENTORY, NODE, Play, Played, container_start, node_named
+from lab import FILES, INVENTORY, NODE, Play, Played, container_start, node_named
 from rendering import PROJECT
 
 
@@ -79,10 +79,10 @@ def deployed(play: Play) -> Played:
 
 @pytest.fixture
 def service(deployed: Played, node: Host) -> Iterator[Host]:
-    """The node with the deployed service; the test must not restart it."""
-    before = container_start(node)
+    """The node with the deployed service; the test must neither restart it nor change what is installed."""
+    before = container_start(node), node.check_output(FILES)
     yield node
-    assert container_start(node) == before, "the running service was touched"
+    assert (container_start(node), node.check_output(FILES)) == before, "the running service was touched"
 
 
 @pytest.fixture(scope="module")

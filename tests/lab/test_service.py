@@ -37,7 +37,8 @@ def test_unit_and_environment_are_the_hosts(service: Host) -> None:
 
 def test_the_engine_got_flags_and_environment_verbatim(service: Host) -> None:
     container = json.loads(service.check_output("docker container inspect glm-ocr"))[0]
-    assert container["Config"]["Cmd"][-1] == '{"cudagraph_mode":"FULL_DECODE_ONLY"}'
+    command = container["Config"]["Cmd"]
+    assert command[command.index("--compilation-config") + 1] == '{"cudagraph_mode":"FULL_DECODE_ONLY"}'
     assert "PYTORCH_NPU_ALLOC_CONF=expandable_segments:True" in container["Config"]["Env"]
     assert {"/dev/davinci0", "/dev/davinci1"} <= {d["PathOnHost"] for d in container["HostConfig"]["Devices"]}
     assert container["HostConfig"]["Init"] is True

@@ -27,11 +27,13 @@ LAB_HOST = yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_te
 LAB_STATE, LAB_CACHE = Path(LAB_HOST["lab_host_state_dir"]), Path(LAB_HOST["lab_host_cache_dir"])
 ENGINE = yaml.safe_load((PROJECT / "inventory" / "group_vars" / "lab_nodes" / "engine.yml").read_text())
 WEIGHTS = "/opt/atomgit/weights/GLM-OCR-bf16"
-#: Hash over everything a deployment writes on the host.
-STATE = (
-    "find /etc/glm-ocr /etc/systemd/system /usr/local/lib/glm-ocr -type f -exec sha256sum {} + 2>/dev/null | sort"
-    " | sha256sum; docker images --no-trunc --quiet | sort"
+#: Hash over what a deployment installs on the host and the releases it keeps.
+FILES = (
+    "find /etc/glm-ocr /etc/systemd/system /usr/local/lib/glm-ocr /var/lib/glm-ocr/releases -type f"
+    " -exec sha256sum {} + 2>/dev/null | sort | sha256sum"
 )
+#: The same, and the images the host has.
+STATE = f"{FILES}; docker images --no-trunc --quiet | sort"
 
 
 @dataclass(frozen=True)
