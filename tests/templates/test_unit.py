@@ -99,7 +99,7 @@ def test_timeouts_leave_requests_time_to_complete(tmp_path: Path) -> None:
     "seconds", [{}, {"vllm_service_start_timeout_seconds": 60}, {"vllm_service_shutdown_timeout_seconds": 600}]
 )
 def test_a_loop_of_starts_that_hang_meets_the_start_limit(seconds: dict[str, int], tmp_path: Path) -> None:
-    """systemd forgets the starts before once the interval is over: the start after the burst must still be within it."""
+    """systemd forgets the starts before once the interval is over: the start after the burst must be in it."""
     unit = HostVariables(tmp_path, **seconds).template_file("glm-ocr.service.j2")
     settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith(" "))
     longest = sum(int(settings[name]) for name in ("TimeoutStartSec", "TimeoutStopSec", "RestartSec"))
