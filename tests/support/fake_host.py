@@ -2,7 +2,8 @@
 """A stand-in for systemctl, docker and journalctl of one host: the command is the name it is called by.
 
 The folder above the one this file was copied into is the host: ``unit`` is the installed unit, ``container.json``
-what runs, ``bad`` names a release that does not start and ``blind`` one that does not read, ``calls`` gets a line per command.
+what runs, ``bad`` names a release that does not start and ``blind`` one that does not read, ``calls`` gets a line per
+command.
 """
 
 from __future__ import annotations
