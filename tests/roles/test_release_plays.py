@@ -3,9 +3,11 @@ whose systemd and Docker are stand-ins."""
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +157,21 @@ def test_a_restart_needs_a_release_that_is_kept(host: Host) -> None:
 
 
 def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
-    asked = host.play("playbooks/drain.yml", "--check", "-vv")
-    assert f"http://127.0.0.1:1/{NEW}" in asked.output
+    """Nothing listens where the inventory says now: that would count as idle."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        shutil.rmtree(host.store.path(NEW))
+        host.stage(NEW, base_url=f"http://127.0.0.1:{server.server_port}")
+        asked = host.play("playbooks/drain.yml", "--check", glm_ocr_port=1)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert asked.rc == 0
+    assert "Requests are still in flight" in asked.output
+    assert "HTTP Error 501" in asked.output, "it was asked, and knows no metrics"
 
 
 # --- the weights of a release -----------------------------------------------------------------------------

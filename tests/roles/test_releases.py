@@ -108,7 +108,8 @@ def test_one_look_at_the_container_tells_what_runs_and_since_when(store: Store, 
     release, service = store.get("a"), service_of(store, tmp_path)
     assert release is not None
     service.install(release)
-    container: dict[str, Any] = {"State": {"StartedAt": "2000-01-01T00:00:00Z"}, "Config": {"Labels": {"glm-ocr.release": "a"}}}
+    labels = {"Labels": {"glm-ocr.release": "a"}}
+    container: dict[str, Any] = {"State": {"StartedAt": "2000-01-01T00:00:00Z"}, "Config": labels}
     assert service.identity(container, "a")["running"] == "a"
     assert service.older_than_its_files(container)
     container["State"]["StartedAt"] = "2100-01-01T00:00:00Z"
