@@ -164,6 +164,7 @@ def arguments(tmp_path: Path, script: Callable[[str, str], Path]) -> dict[str, A
     docker(script)
     return {
         "container_engine": "docker",
+        "container_engine_path": str(tmp_path / "docker"),
         "container_name": "glm-ocr",
         "image": "quay.io/ascend/vllm-ascend:v0.18.0rc1",
         "image_space_gib": 0,
@@ -277,6 +278,15 @@ def test_an_image_on_the_host_is_judged_by_its_architecture_and_needs_no_space(
 ) -> None:
     docker(script, architecture="s390x")
     assert set(look({**arguments, "image_space_gib": 2**40})) == {"IMAGE_ARCHITECTURE"}
+
+
+def test_an_engine_that_is_not_where_the_unit_calls_it_is_told(
+    look: Look, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    found = look({**arguments, "container_engine_path": "/opt/absent/docker"})
+    assert set(found) == {"HOST_ENGINE"}
+    assert found["HOST_ENGINE"].expected == "docker at /opt/absent/docker, which the unit calls"
+    assert found["HOST_ENGINE"].found == f"docker at {tmp_path}/docker"
 
 
 @pytest.mark.parametrize("body", ["echo 'Cannot connect to the Docker daemon' >&2; exit 1", "echo ' '"])

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from ansible.module_utils import host_checks
 from ansible.module_utils.releases import Store
 
 import vllm_release
+from deployment import deployment
+from rendering import ROLES
 
 
 @pytest.fixture
@@ -45,6 +51,15 @@ def test_a_damaged_release_counts_as_absent_and_is_staged_anew(lost: str, store:
     assert store.get("a") is not None
 
 
+def test_a_release_whose_record_is_cut_off_counts_as_absent_and_is_staged_anew(store: Store) -> None:
+    stage(store, "a", "b")
+    Path(store.path("a", "release.json")).write_text('{"image": "qu')
+    assert store.get("a") is None
+    assert [release.id for release in store.all()] == ["b"]
+    stage(store, "a")
+    assert store.get("a") is not None
+
+
 def test_the_last_good_one_is_the_one_found_good_last(store: Store) -> None:
     assert store.last_good() is None
     stage(store, "a", "b", "c")
@@ -53,28 +68,61 @@ def test_the_last_good_one_is_the_one_found_good_last(store: Store) -> None:
     good(store, "b", 20)
     assert [release.id for release in store.all()] == ["b", "a", "c"]
     good(store, "a", 30)
-    latest, before = store.last_good(), store.last_good(besides="a")
+    latest = store.last_good()
     assert latest is not None
-    assert before is not None
-    assert (latest.id, before.id) == ("a", "b")
+    assert latest.id == "a"
 
 
 def test_a_release_that_was_good_before_another_is_to_be_proven_again(store: Store, tmp_path: Path) -> None:
     """A play that died between the swap and the proof left `a` running and `b` as what a failure would put back."""
-    options = {"service": "s", "store": store.folder, "environment_file": "", "container_engine": str(tmp_path)}
     stage(store, "a", "b")
     good(store, "a", 10)
-    assert vllm_release.Service({**options, "release": "a"}).identity()["good"]
+    service = service_of(store, tmp_path)
+    assert service.identity({}, "a")["good"]
     good(store, "b", 20)
-    assert not vllm_release.Service({**options, "release": "a"}).identity()["good"]
-    assert not vllm_release.Service({**options, "release": None}).identity()["good"]
+    assert not service.identity({}, "a")["good"]
+    assert not service.identity({}, None)["good"]
+
+
+def service_of(store: Store, folder: Path) -> vllm_release.Service:
+    names = {"name": "s", "label": "glm-ocr.release", "container_engine": "", "store": store.folder}
+    return vllm_release.Service(
+        {**names, "unit_file": str(folder / "unit"), "environment_file": str(folder / "etc" / "env")}
+    )
+
+
+def test_a_file_that_was_opened_to_others_by_hand_is_found(store: Store, tmp_path: Path) -> None:
+    stage(store, "a")
+    release, service = store.get("a"), service_of(store, tmp_path)
+    assert release is not None
+    service.install(release)
+    assert not service.differs(release)
+    assert service.opened() == {}
+    (tmp_path / "etc" / "env").chmod(0o644)
+    assert service.opened() == {str(tmp_path / "etc" / "env"): 0o640}
+
+
+def test_one_look_at_the_container_tells_what_runs_and_since_when(store: Store, tmp_path: Path) -> None:
+    """A second one might find that it died meanwhile."""
+    stage(store, "a")
+    release, service = store.get("a"), service_of(store, tmp_path)
+    assert release is not None
+    service.install(release)
+    labels = {"Labels": {"glm-ocr.release": "a"}}
+    container: dict[str, Any] = {"State": {"StartedAt": "2000-01-01T00:00:00Z"}, "Config": labels}
+    assert service.identity(container, "a")["running"] == "a"
+    assert service.older_than_its_files(container)
+    container["State"]["StartedAt"] = "2100-01-01T00:00:00Z"
+    assert not service.older_than_its_files(container)
 
 
 def test_pruning_keeps_the_last_good_ones_and_the_protected(store: Store) -> None:
     stage(store, "a", "b", "c", "never-good")
     for at, identifier in enumerate("abc"):
         good(store, identifier, at + 1)
-    Path(store.path(".staging-of-a-killed-run")).mkdir()
+    # Killed right before the rename: everything is in it.
+    shutil.copytree(store.path("c"), store.path(".staging-of-a-killed-run"))
+    assert [release.id for release in store.all()] == ["c", "b", "a", "never-good"]
     assert store.prune(2, protect="a") == [".staging-of-a-killed-run", "never-good"]
     assert {release.id for release in store.all()} == {"a", "b", "c"}
     assert store.prune(1, protect="c") == ["a", "b"]
@@ -110,9 +158,17 @@ def test_a_time_that_is_none_is_refused(text: str) -> None:
 
 
 def test_the_release_of_a_unit_is_its_label() -> None:
-    assert vllm_release.release_of_unit("ExecStart=x run \\\n  --label glm-ocr.release=0123 \\\n  image") == "0123"
-    assert vllm_release.release_of_unit("ExecStart=/bin/true") == ""
-    assert vllm_release.release_of_unit(None) == ""
+    unit = "ExecStart=x run \\\n  --label glm-ocr.release=0123 \\\n  image"
+    assert vllm_release.release_of_unit(unit, "glm-ocr.release") == "0123"
+    assert vllm_release.release_of_unit("ExecStart=/bin/true", "glm-ocr.release") == ""
+    assert vllm_release.release_of_unit(None, "glm-ocr.release") == ""
+
+
+def test_the_label_of_the_unit_is_the_one_that_others_look_for() -> None:
+    label = yaml.safe_load((ROLES / "vllm_service" / "vars" / "main.yml").read_text())["__vllm_service_release_label"]
+    assert label == host_checks.OUR_LABEL
+    (told,) = [{"Config": {"Labels": {label: "a"}}}]
+    assert deployment([told], "host", "image", "docker")["release"] == "a"
 
 
 def test_a_record_is_kept_as_json(store: Store) -> None:

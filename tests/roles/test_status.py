@@ -191,7 +191,14 @@ def test_an_engine_that_is_not_installed_is_told(tmp_path: Path) -> None:
 
 def vllm_release_service(engine: str) -> vllm_release.Service:
     return vllm_release.Service(
-        {"service": "glm-ocr", "container_engine": engine, "store": "/s", "environment_file": "/e"}
+        {
+            "name": "glm-ocr",
+            "label": "glm-ocr.release",
+            "container_engine": engine,
+            "store": "/s",
+            "unit_file": "/u",
+            "environment_file": "/e",
+        }
     )
 
 

@@ -126,7 +126,7 @@ def test_verification_before_the_swap(play: Play, model: Path, tmp_path: Path) -
     swap = tmp_path / "swap.yml"
     tasks = [
         {"name": "Verify", "ansible.builtin.import_role": {"name": "vllm_weights", "tasks_from": "verify"}},
-        {"name": "Swap", "ansible.builtin.debug": {"msg": "swapped {{ vllm_weights_manifest_sha256 }}"}},
+        {"name": "Swap", "ansible.builtin.debug": {"msg": "swapped {{ vllm_weights_fingerprint }}"}},
     ]
     roles = ["glm_ocr", "vllm_weights"]
     swap.write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "roles": roles, "tasks": tasks}]))

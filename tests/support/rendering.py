@@ -47,7 +47,11 @@ class HostVariables:
         self.values |= variables.get_vars(host=host)
         for role in ("glm_ocr", "vllm_image", "vllm_service"):
             self.values |= self.load(ROLES / role / "vars" / "main.yml")
-        self.values |= {"vllm_image_id": "sha256:" + "0" * 64, "vllm_weights_fingerprint": "f" * 64} | overrides
+        self.values |= {
+            "vllm_image_id": "sha256:" + "0" * 64,
+            "vllm_weights_fingerprint": "f" * 64,
+            "vllm_weights_files": "e" * 64,
+        } | overrides
         self.values["role_path"] = str(ROLES / "vllm_service")
 
     def load(self, path: Path) -> dict[str, Any]:

@@ -96,6 +96,61 @@ def test_timeouts_leave_requests_time_to_complete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "seconds", [{}, {"vllm_service_start_timeout_seconds": 60}, {"vllm_service_shutdown_timeout_seconds": 600}]
+)
+def test_a_loop_of_starts_that_hang_meets_the_start_limit(seconds: dict[str, int], tmp_path: Path) -> None:
+    """systemd forgets the starts before once the interval is over: the start after the burst must be in it."""
+    unit = HostVariables(tmp_path, **seconds).template_file("glm-ocr.service.j2")
+    settings = dict(line.split("=", 1) for line in unit.splitlines() if "=" in line and not line.startswith(" "))
+    longest = sum(int(settings[name]) for name in ("TimeoutStartSec", "TimeoutStopSec", "RestartSec"))
+    assert int(settings["StartLimitIntervalSec"]) > int(settings["StartLimitBurst"]) * longest
+
+
+def test_numbers_of_the_command_line_are_text_and_render_the_same(tmp_path: Path) -> None:
+    """As `-e vllm_service_start_timeout_seconds=900` gives them."""
+    (tmp_path / "text").mkdir()
+    host = HostVariables(tmp_path)
+    names = [
+        "vllm_service_start_timeout_seconds",
+        "vllm_service_shutdown_timeout_seconds",
+        "vllm_service_restart_delay_seconds",
+        "glm_ocr_max_model_len",
+        "glm_ocr_port",
+    ]
+    text = HostVariables(tmp_path / "text", **{name: str(host.values[name]) for name in names})
+    for template in ("{{ __vllm_service_release }}", "{{ __vllm_service_record }}", "{{ __vllm_service_problems }}"):
+        assert text.template(template) == host.template(template)
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("10.0.0.1", "http://10.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("fd00::1", "http://[fd00::1]:8000"),
+        ("npu-01.example", "http://npu-01.example:8000"),
+    ],
+)
+def test_the_host_reaches_itself_at_what_it_listens_on(address: str, url: str, tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, glm_ocr_bind_address=address)
+    assert host.template("{{ glm_ocr_base_url }}") == url
+    assert host.template("{{ __glm_ocr_problems }}") == []
+
+
+def test_what_goes_into_the_unit_besides_flags_is_quoted_too(tmp_path: Path) -> None:
+    source = tmp_path / "a b%c.py"
+    source.write_text("")
+    overlay = {"source": str(source), "target": "/opt/$d e.py", "original_sha256": "0" * 64}
+    host = HostVariables(tmp_path, vllm_service_overlays=[overlay], vllm_service_shm_size="1 g")
+    unit = host.template_file("glm-ocr.service.j2")
+    (file,) = host.template("{{ __vllm_service_overlay_files }}")
+    assert {f"{file['path']}:/opt/$d e.py:ro", "1 g"} <= set(exec_start(unit))
+    assert "%%c" in unit
+    assert "/$$d" in unit
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"vllm_image_id": "sha256:" + "1" * 64},
@@ -150,6 +205,14 @@ def test_the_probe_is_asked_about_the_command_of_the_unit(tmp_path: Path) -> Non
         ({"vllm_service_environment": {"OMP_PROC_BIND": False}}, "must be a string"),
         ({"vllm_service_flags": {"--port": 1}}, "without leading dashes, found --port"),
         (
+            {"vllm_service_extra_flags": {"shutdown-timeout": 300}},
+            "expected shutdown-timeout: 60, as vllm_service_shutdown_timeout_seconds says; found 300",
+        ),
+        ({"vllm_service_extra_flags": {"port": 8001}}, "expected port: 8000, as glm_ocr_port says; found 8001"),
+        ({"vllm_service_extra_flags": {"host": "::"}}, "as glm_ocr_bind_address says; found ::"),
+        ({"vllm_service_extra_flags": {"served-model-name": "a"}}, "as glm_ocr_served_model_name says; found a"),
+        ({"vllm_service_extra_flags": {"max-model-len": None}}, "as glm_ocr_max_model_len says; found nothing"),
+        (
             {"glm_ocr_trust_remote_code": False, "vllm_service_extra_flags": {"trust-remote-code": True}},
             "trust-remote-code is on and glm_ocr_trust_remote_code is off",
         ),
@@ -168,6 +231,9 @@ def test_what_cannot_be_rendered_is_named(overrides: dict[str, object], complain
         ({"glm_ocr_max_model_len": 200000}, "at most 131072"),
         ({"glm_ocr_client_max_tokens": 0}, "glm_ocr_client_max_tokens must be positive"),
         ({"glm_ocr_weights_path": "weights"}, "glm_ocr_weights_path must be an absolute path"),
+        ({"glm_ocr_bind_address": "[::1]"}, "an IPv6 one without brackets, found [::1]"),
+        ({"glm_ocr_bind_address": "0.0.0.0:8000"}, "glm_ocr_bind_address must be a host name or an address"),
+        ({"glm_ocr_container_engine_path": "docker"}, "glm_ocr_container_engine_path must be an absolute path"),
         ({"glm_ocr_devices": ["davinci0"]}, "glm_ocr_devices must be /dev/NAME, found davinci0"),
         ({"glm_ocr_driver_paths": ["usr/local"]}, "found usr/local"),
         ({"glm_ocr_service_name": "a b"}, "glm_ocr_service_name must be"),

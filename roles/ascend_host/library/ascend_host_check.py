@@ -26,6 +26,7 @@ description:
   - Changes nothing and never fails on a finding, so that all of them can be shown together.
 options:
   container_engine: {type: str, required: true, description: C(docker) or C(podman).}
+  container_engine_path: {type: str, required: true, description: Where the unit will call it.}
   container_name: {type: str, required: true, description: Our own container; what it holds is no conflict.}
   image: {type: str, required: true, description: Image name; disk is asked for only while it is absent.}
   image_space_gib: {type: int, required: true, description: Free space the image needs, in GiB.}
@@ -52,6 +53,7 @@ message: {type: str, returned: always, description: The findings as text.}
 EXAMPLES = r"""
 - ascend_host_check:
     container_engine: docker
+    container_engine_path: /usr/bin/docker
     container_name: glm-ocr
     image: quay.io/ascend/vllm-ascend:v0.18.0rc1
     image_space_gib: 40
@@ -169,6 +171,8 @@ def look_at_engine(arguments: Dict[str, Any]) -> Tuple[Optional[int], List[Findi
     findings: List[Finding] = host.check_engine(engine, version, error)
     if not version:
         return None, findings
+    path = arguments["container_engine_path"]
+    findings += host.check_engine_path(engine, path, os.access(path, os.X_OK), shutil.which(engine))
 
     rc, architecture, _ = run([engine, "image", "inspect", "--format", "{{.Architecture}}", image])
     if rc == 0:
@@ -281,6 +285,7 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "container_engine": {"type": "str", "required": True, "choices": sorted(ENGINE_FORMAT)},
+            "container_engine_path": {"type": "str", "required": True},
             "container_name": {"type": "str", "required": True},
             "image": {"type": "str", "required": True},
             "image_space_gib": {"type": "int", "required": True},

@@ -87,6 +87,21 @@ def check_engine(name: str, version: str, error: str) -> List[Finding]:
     ]
 
 
+def check_engine_path(name: str, path: str, executable: bool, elsewhere: Optional[str]) -> List[Finding]:
+    """``path`` is what the unit calls, ``elsewhere`` what the search path has."""
+    if executable:
+        return []
+    return [
+        Finding(
+            "HOST_ENGINE",
+            f"{name} at {path}, which the unit calls",
+            f"{name} at {elsewhere}",
+            f"set glm_ocr_container_engine_path to where it is (`command -v {name}`)",
+            f"将 glm_ocr_container_engine_path 设为其所在路径（`command -v {name}`）",
+        )
+    ]
+
+
 def check_container(name: str, labels: Optional[Mapping[str, Any]], engine: str) -> List[Finding]:
     """``labels`` of the container of that name, None when there is none."""
     if labels is None or OUR_LABEL in labels:

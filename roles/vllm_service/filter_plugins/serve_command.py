@@ -27,6 +27,21 @@ def serve_flags(flags: Mapping[str, Any]) -> list[list[str]]:
     return rendered
 
 
+def contradictions(flags: Mapping[str, Any], contract: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line for each flag that does not say what its variable says; ``contract`` is {flag: {variable: value}}."""
+    problems = []
+    for flag, variables in contract.items():
+        for variable, value in variables.items():
+            # A number given with -e is text.
+            if str(flags.get(flag)) != str(value):
+                found = "nothing" if flags.get(flag) is None else flags[flag]
+                problems.append(
+                    f"vllm_service_flags: expected {flag}: {value}, as {variable} says; found {found}. "
+                    f"Leave it to the variable: set {variable}"
+                )
+    return problems
+
+
 def systemd_quote(argument: str) -> str:
     """One argument of an Exec line, per systemd.service(5) "Command lines" and systemd.syntax(7).
 
@@ -42,4 +57,4 @@ def systemd_quote(argument: str) -> str:
 
 class FilterModule:
     def filters(self) -> dict[str, Callable[..., Any]]:
-        return {"serve_flags": serve_flags, "systemd_quote": systemd_quote}
+        return {"serve_flags": serve_flags, "contradictions": contradictions, "systemd_quote": systemd_quote}

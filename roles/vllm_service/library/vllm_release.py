@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tempfile
 from datetime import datetime, timezone
@@ -29,13 +30,20 @@ options:
     description:
       - C(described) changes nothing and tells what runs, what is installed and what is kept.
       - C(staged) keeps the release on the host, once systemd accepts its unit. Nothing that runs is touched.
-      - C(active) installs a kept release, restarts the service only if it runs something else, and returns once a
-        generation succeeded. It fails with the service's journal.
+      - C(active) installs a kept release, restarts the service only if it runs something else or I(restart) says so,
+        and returns once a generation succeeded. It fails with the service's journal.
       - C(good) remembers that the release answered its known-answer request, and forgets all but the last few.
-  service: {type: str, required: true, description: Name of the unit and of the container.}
-  container_engine: {type: str, required: true, description: C(docker) or C(podman).}
-  store: {type: path, required: true, description: Folder of the kept releases.}
-  environment_file: {type: path, required: true, description: Where the environment file is installed.}
+  service:
+    type: dict
+    required: true
+    description: The service on the host.
+    options:
+      name: {type: str, required: true, description: Name of the unit and of the container.}
+      label: {type: str, required: true, description: The container's label that has the release's id.}
+      container_engine: {type: str, required: true, description: C(docker) or C(podman).}
+      store: {type: path, required: true, description: Folder of the kept releases.}
+      unit_file: {type: path, required: true, description: Where the unit is installed.}
+      environment_file: {type: path, required: true, description: Where the environment file is installed.}
   release: {type: str, description: Id of the release; needed but for C(described).}
   unit: {type: str, description: Text of the unit, for C(staged).}
   environment: {type: str, description: Text of the environment file, for C(staged).}
@@ -43,6 +51,7 @@ options:
     type: dict
     default: {}
     description: What the release consists of, for C(staged); C(wait_ready) is the command that sees a generation.
+  restart: {type: bool, default: false, description: Whether C(active) restarts what it finds as it should be.}
   journal_lines: {type: int, default: 50, description: Lines of the journal shown when a start fails.}
   keep: {type: int, default: 5, description: How many releases C(good) keeps.}
   by: {type: str, default: "", description: Who does it, for the history.}
@@ -57,7 +66,7 @@ image_id: {type: str, returned: always, description: Image of the container that
 release: {type: str, returned: when staged, description: "C(release), so that it need not be computed again"}
 last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
 good: {type: bool, returned: always, description: Whether C(release) is the one that was found good last.}
-restarted: {type: bool, returned: when active, description: Whether the service was restarted.}
+restarted: {type: bool, returned: "when active, and when that failed", description: Whether the service was restarted.}
 releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
 history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
 service: {type: dict, returned: when described, description: What systemd says of the unit.}
@@ -66,23 +75,27 @@ engine_problem: {type: str, returned: when described, description: Why it cannot
 
 EXAMPLES = r"""
 - vllm_release:
-    service: glm-ocr
-    container_engine: docker
-    store: /var/lib/glm-ocr/releases
-    environment_file: /etc/glm-ocr/glm-ocr.env
+    service:
+      name: glm-ocr
+      label: glm-ocr.release
+      container_engine: docker
+      store: /var/lib/glm-ocr/releases
+      unit_file: /etc/systemd/system/glm-ocr.service
+      environment_file: /etc/glm-ocr/glm-ocr.env
   register: described
 """
 
-LABEL = "glm-ocr.release"
+#: Modes of what is installed: the environment may hold secrets.
+UNIT_MODE, ENVIRONMENT_MODE = 0o644, 0o640
 SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "StateChangeTimestamp", "NRestarts")
 
 
 # --- pure -------------------------------------------------------------------------------------------------
 
 
-def release_of_unit(unit: Optional[str]) -> str:
-    """The id in the unit's ``--label glm-ocr.release=ID``; empty when there is none."""
-    found = re.search(r"--label %s=(\S+)" % re.escape(LABEL), unit or "")
+def release_of_unit(unit: Optional[str], label: str) -> str:
+    """The id in the unit's ``--label LABEL=ID``; empty when there is none."""
+    found = re.search(r"--label %s=(\S+)" % re.escape(label), unit or "")
     return found.group(1) if found else ""
 
 
@@ -125,10 +138,11 @@ def verify(unit: str, file_name: str) -> List[str]:
 class Service:
     """The unit, the container behind it and the kept releases of one service."""
 
-    def __init__(self, options: Dict[str, Any]) -> None:
+    def __init__(self, options: Dict[str, str]) -> None:
+        """``options`` are those of the module's option ``service``."""
         self.options = options
-        self.name = options["service"]
-        self.unit_path = f"/etc/systemd/system/{self.name}.service"
+        self.name = options["name"]
+        self.unit_path = options["unit_file"]
         self.environment_path = options["environment_file"]
         self.store = Store(options["store"])
         #: Why the container engine cannot tell what runs; empty when it can.
@@ -152,30 +166,35 @@ class Service:
         found = json.loads(done.stdout) if done.returncode == 0 else []
         return found[0] if found and found[0]["State"].get("Running") else {}
 
-    def identity(self) -> Dict[str, Any]:
-        container = self.container()
+    def identity(self, container: Dict[str, Any], release: Optional[str]) -> Dict[str, Any]:
+        """What is true of the service whose running container is ``container``, and of the release of that id."""
         last_good = self.store.last_good()
         return {
-            "installed": release_of_unit(read(self.unit_path)),
-            "running": ((container.get("Config") or {}).get("Labels") or {}).get(LABEL, ""),
+            "installed": release_of_unit(read(self.unit_path), self.options["label"]),
+            "running": ((container.get("Config") or {}).get("Labels") or {}).get(self.options["label"], ""),
             "image_id": container.get("Image", ""),
             "last_good": last_good.id if last_good else "",
             # A play that died between the swap and the proof leaves another one as the last good: not proven yet.
-            "good": bool(last_good and last_good.id == self.options["release"]),
+            "good": bool(last_good and last_good.id == release),
         }
 
-    def older_than_its_files(self) -> bool:
+    def older_than_its_files(self, container: Dict[str, Any]) -> bool:
         """Whether the container started before its unit or environment was last written: a restart is owed."""
-        started = seconds_since_epoch(self.container()["State"]["StartedAt"])
+        started = seconds_since_epoch(container["State"]["StartedAt"])
         return any(os.stat(path).st_mtime > started for path in (self.unit_path, self.environment_path))
 
     def differs(self, release: Release) -> bool:
         return (read(self.unit_path), read(self.environment_path)) != (release.unit, release.environment)
 
+    def opened(self) -> Dict[str, int]:
+        """The installed files that have another mode than they were installed with: path to that mode."""
+        modes = {self.unit_path: UNIT_MODE, self.environment_path: ENVIRONMENT_MODE}
+        return {path: mode for path, mode in modes.items() if stat.S_IMODE(os.stat(path).st_mode) != mode}
+
     def install(self, release: Release) -> None:
         os.makedirs(os.path.dirname(self.environment_path), mode=0o750, exist_ok=True)
-        write_atomically(self.environment_path, release.environment, 0o640)
-        write_atomically(self.unit_path, release.unit, 0o644)
+        write_atomically(self.environment_path, release.environment, ENVIRONMENT_MODE)
+        write_atomically(self.unit_path, release.unit, UNIT_MODE)
 
     def systemd(self) -> Dict[str, str]:
         shown = [f"--property={name}" for name in SHOWN]
@@ -200,9 +219,8 @@ class Service:
                 return f"`{' '.join(command)}`: {done.stdout.strip()}"
         return ""
 
-    def journal(self) -> str:
-        lines = f"--lines={self.options['journal_lines']}"
-        return run(["journalctl", f"--unit={self.name}", lines, "--no-pager", "--output=cat"]).stdout
+    def journal(self, lines: int) -> str:
+        return run(["journalctl", f"--unit={self.name}", f"--lines={lines}", "--no-pager", "--output=cat"]).stdout
 
 
 def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
@@ -220,12 +238,13 @@ def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
         difference(service.unit_path, read(service.unit_path), options["unit"]),
         difference(service.environment_path, read(service.environment_path), options["environment"]),
     ]
-    return {"changed": changed, "diff": diff, "release": options["release"], **service.identity()}
+    return {"changed": changed, "diff": diff, "release": options["release"], **identity(module, service)}
 
 
 def active(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     options = module.params
-    before = service.identity()
+    container = service.container()
+    before = service.identity(container, options["release"])
     release = service.store.get(options["release"])
     if release is None:
         if module.check_mode:
@@ -235,12 +254,18 @@ def active(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     assert release is not None
     systemd = service.systemd()
     differs = service.differs(release)
-    restart = differs or before["running"] != release.id or service.older_than_its_files()
-    changed = restart or systemd.get("ActiveState") != "active" or systemd.get("UnitFileState") != "enabled"
+    opened = {} if differs else service.opened()
+    restart = (
+        options["restart"] or differs or before["running"] != release.id or service.older_than_its_files(container)
+    )
+    state = (systemd.get("ActiveState"), systemd.get("UnitFileState"))
+    changed = restart or bool(opened) or state != ("active", "enabled")
     if module.check_mode:
         return {"changed": changed, "restarted": restart, **before}
     if differs:
         service.install(release)
+    for path, mode in opened.items():
+        os.chmod(path, mode)
     problem = service.start(release, restart)
     if changed:
         entry = {"at": now(), "by": options["by"], "action": options["action"], "release": release.id}
@@ -248,10 +273,10 @@ def active(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     if problem:
         module.fail_json(
             msg=f"{service.name} did not reach its first generation: {problem}\n"
-            f"Last {options['journal_lines']} lines of its journal:\n{service.journal()}",
+            f"Last {options['journal_lines']} lines of its journal:\n{service.journal(options['journal_lines'])}",
             restarted=restart,
         )
-    return {"changed": changed, "restarted": restart, **service.identity()}
+    return {"changed": changed, "restarted": restart, **identity(module, service)}
 
 
 def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
@@ -265,13 +290,17 @@ def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
         entry = {"at": now(), "by": options["by"], "action": options["action"], "release": options["release"]}
         service.store.note({**entry, "result": "good"})
         service.store.prune(options["keep"], protect=options["release"])
-    return {"changed": changed, **service.identity()}
+    return {"changed": changed, **identity(module, service)}
 
 
 def described(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     releases = [{"id": kept.id, "good_at": kept.good_at, "record": kept.record} for kept in service.store.all()]
     told = {"releases": releases, "history": service.store.history(20), "service": service.systemd()}
-    return {"changed": False, **told, **service.identity(), "engine_problem": service.engine_problem}
+    return {"changed": False, **told, **identity(module, service), "engine_problem": service.engine_problem}
+
+
+def identity(module: AnsibleModule, service: Service) -> Dict[str, Any]:
+    return service.identity(service.container(), module.params["release"])
 
 
 def now() -> str:
@@ -282,14 +311,23 @@ def main() -> None:
     module = AnsibleModule(
         argument_spec={
             "state": {"type": "str", "default": "described", "choices": ["described", "staged", "active", "good"]},
-            "service": {"type": "str", "required": True},
-            "container_engine": {"type": "str", "required": True},
-            "store": {"type": "path", "required": True},
-            "environment_file": {"type": "path", "required": True},
+            "service": {
+                "type": "dict",
+                "required": True,
+                "options": {
+                    "name": {"type": "str", "required": True},
+                    "label": {"type": "str", "required": True},
+                    "container_engine": {"type": "str", "required": True},
+                    "store": {"type": "path", "required": True},
+                    "unit_file": {"type": "path", "required": True},
+                    "environment_file": {"type": "path", "required": True},
+                },
+            },
             "release": {"type": "str"},
             "unit": {"type": "str"},
             "environment": {"type": "str"},
             "record": {"type": "dict", "default": {}},
+            "restart": {"type": "bool", "default": False},
             "journal_lines": {"type": "int", "default": 50},
             "keep": {"type": "int", "default": 5},
             "by": {"type": "str", "default": ""},
@@ -303,7 +341,7 @@ def main() -> None:
         supports_check_mode=True,
     )
     states = {"described": described, "staged": staged, "active": active, "good": good}
-    module.exit_json(**states[module.params["state"]](module, Service(module.params)))
+    module.exit_json(**states[module.params["state"]](module, Service(module.params["service"])))
 
 
 if __name__ == "__main__":

@@ -66,10 +66,14 @@ class Store:
         if unit is None or environment is None or record is None:
             return None
         try:
+            content = json.loads(record)
+        except ValueError:
+            return None
+        try:
             good_at: Optional[float] = os.stat(self.path(identifier, "good")).st_mtime
         except FileNotFoundError:
             good_at = None
-        return Release(identifier, unit, environment, json.loads(record), good_at)
+        return Release(identifier, unit, environment, content, good_at)
 
     def folders(self) -> List[str]:
         names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
@@ -77,11 +81,13 @@ class Store:
 
     def all(self) -> List[Release]:
         """Every kept release, the one found good last first, those never found good at the end."""
-        found = [release for release in map(self.get, self.folders()) if release]
+        # A run that was killed while it staged left a folder with a dot, complete or not: no release.
+        names = [name for name in self.folders() if not name.startswith(".")]
+        found = [release for release in map(self.get, names) if release]
         return sorted(found, key=lambda release: release.good_at or 0.0, reverse=True)
 
-    def last_good(self, besides: str = "") -> Optional[Release]:
-        return next((release for release in self.all() if release.good_at and release.id != besides), None)
+    def last_good(self) -> Optional[Release]:
+        return next((release for release in self.all() if release.good_at), None)
 
     def stage(self, identifier: str, unit: str, environment: str, record: Dict[str, Any]) -> None:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)

@@ -53,6 +53,7 @@ RETURN = r"""
 findings: {type: list, elements: dict, returned: always, description: "id, expected, found, fix, fix_zh, severity"}
 message: {type: str, returned: always, description: The findings as text.}
 fingerprint: {type: str, returned: always, description: "What identifies the weights: changes when they do"}
+files: {type: str, returned: always, description: "SHA-256 over names, sizes and times of what the engine could load"}
 manifest_sha256: {type: str, returned: always, description: "SHA-256 of the manifest's text, empty without one"}
 manifest: {type: str, returned: always, description: "A manifest of the files whose hash is known"}
 hashed_bytes: {type: int, returned: always, description: Bytes that were read and hashed.}
@@ -260,7 +261,8 @@ def examine(options: Mapping[str, Any], may_remember: bool) -> Tuple[List[Findin
         if manifest:
             findings += check_manifest(folder, files, hashes, readable, options["manifest_name"])
     loadable = {name: file for name, file in files.items() if is_loadable(name)}
-    result["fingerprint"] = result["manifest_sha256"] or fingerprint(loadable)
+    result["files"] = fingerprint(loadable)
+    result["fingerprint"] = result["manifest_sha256"] or result["files"]
     result["manifest"] = render({name: Entry(sha256, files[name].size) for name, sha256 in hashes.items()})
     return findings, result
 

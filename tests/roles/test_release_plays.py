@@ -1,0 +1,247 @@
+"""Restart, rollback, drain and the way back after a failure, as an operator sees them: through their plays, on a host
+whose systemd and Docker are stand-ins."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ansible.module_utils.releases import Store
+from ansible.module_utils.weights_manifest import fingerprint, list_files
+
+import fake_host
+from model_files import NANO, NANO_MANIFEST, flip, sha256
+from playing import HERE, Played, play
+from rendering import PROJECT
+
+OLD, NEW = "a" * 16, "b" * 16
+
+
+class Host:
+    """This machine as a host that serves ``NEW``, with ``OLD`` found good before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for name in ("systemctl", "docker", "journalctl"):
+            shutil.copyfile(fake_host.__file__, folder / "bin" / name)
+            (folder / "bin" / name).chmod(0o755)
+        self.weights = folder / "weights"
+        shutil.copytree(NANO, self.weights)
+        # The smoke's script is there already: only root could give it to root.
+        scripts = folder / "lib" / "scripts"
+        shutil.copytree(PROJECT / "files" / "scripts", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+        self.store = Store(str(folder / "state" / "releases"))
+        for at, release in enumerate((OLD, NEW)):
+            self.stage(release, base_url=f"http://127.0.0.1:1/{release}")
+            self.store.mark_good(release)
+            os.utime(self.store.path(release, "good"), (at + 1, at + 1))
+        self.install(NEW)
+        fake_host.CONTAINER, fake_host.HOST = folder / "container.json", folder
+        fake_host.run_container(NEW)
+
+    def stage(self, release: str, **record: Any) -> None:
+        known = {
+            "image_id": "sha256:0",
+            "weights_path": str(self.weights),
+            "weights_fingerprint": sha256(NANO_MANIFEST),
+            "base_url": "http://127.0.0.1:1",
+            "served_model_name": f"model-of-{release}",
+            "max_model_len": 8192,
+            "wait_ready": ["true"],
+        }
+        unit = f"ExecStart=docker run --label glm-ocr.release={release} image\n"
+        self.store.stage(release, unit, "A=1\n", {**known, **record})
+
+    def install(self, release: str) -> None:
+        kept = self.store.get(release)
+        assert kept is not None
+        for path, text, mode in (("unit", kept.unit, 0o644), ("env", kept.environment, 0o640)):
+            (self.folder / path).write_text(text)
+            (self.folder / path).chmod(mode)
+
+    def play(self, playbook: str, *options: str, **variables: Any) -> Played:
+        given = {
+            "__vllm_service_unit": str(self.folder / "unit"),
+            "__vllm_service_environment_file": str(self.folder / "env"),
+            "__deploy_lock_path": str(self.folder / "lock"),
+            "glm_ocr_library_dir": str(self.folder / "lib"),
+            "vllm_weights_manifest": str(NANO_MANIFEST),
+            **variables,
+        }
+        return play(self.folder, playbook, {"npu-01": HERE}, "-e", json.dumps(given), *options)
+
+    def rescued(self, *block: dict[str, Any], check: bool = False) -> Played:
+        """A deployment that fails in ``block``, and puts the last good release back."""
+        rescue = [{"ansible.builtin.import_role": {"name": "vllm_service", "tasks_from": "restore"}}]
+        tasks = [{"block": list(block), "rescue": rescue}]
+        roles = ["glm_ocr"]
+        path = self.folder / "deployment.yml"
+        path.write_text(yaml.safe_dump([{"hosts": "ascend910", "gather_facts": False, "roles": roles, "tasks": tasks}]))
+        return self.play(str(path), *(["--check"] if check else []))
+
+    def running(self) -> str:
+        return fake_host.running()
+
+    def calls(self, *words: str) -> list[str]:
+        calls = (self.folder / "calls").read_text().splitlines() if (self.folder / "calls").exists() else []
+        return [call for call in calls if call.startswith(" ".join(words))]
+
+    def results(self) -> dict[str, str]:
+        """What the smokes left: name to verdict."""
+        return {path.name: path.read_text() for path in (self.folder / "state" / "reports").rglob("*.json")}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+PULL_FAILS = {"name": "Pull", "ansible.builtin.fail": {"msg": "no route to the registry"}}
+
+
+def activate(release: str) -> dict[str, Any]:
+    """As a deployment: runs a kept release and sees it read."""
+    chosen = f"{{{{ {{'id': '{release}', 'record': lookup('file', __vllm_service_store ~ '/{release}/release.json')"
+    return {
+        "name": "Run",
+        "ansible.builtin.include_role": {"name": "vllm_service", "tasks_from": "run"},
+        "vars": {"__vllm_service_chosen": chosen + " | from_json} }}", "__vllm_service_action": "deploy"},
+    }
+
+
+# --- restart and drain ------------------------------------------------------------------------------------
+
+
+def test_a_restart_is_of_the_installed_release_and_proven_by_its_own_record(host: Host) -> None:
+    played = host.play("playbooks/restart.yml", glm_ocr_port=9999, glm_ocr_served_model_name="moved-on")
+    assert played.rc == 0
+    assert host.calls("systemctl reset-failed glm-ocr")
+    assert len(host.calls("systemctl restart glm-ocr")) == 1
+    (smoke,) = host.calls("docker run")
+    assert f"--base-url=http://127.0.0.1:1/{NEW} --model=model-of-{NEW} " in smoke
+    assert host.results() == {f"ocr_smoke.{NEW}.json": "PASS"}
+
+
+def test_a_restart_that_fails_shows_the_journal(host: Host) -> None:
+    (host.folder / "bad").write_text(NEW)
+    played = host.play("playbooks/restart.yml")
+    assert played.rc != 0
+    assert "the engine's last words" in played.output
+
+
+@pytest.mark.parametrize("playbook", ["playbooks/restart.yml", "playbooks/rollback.yml"])
+def test_what_runs_is_kept_when_the_weights_on_the_host_are_others(playbook: str, host: Host) -> None:
+    flip(host.weights / "model.safetensors")
+    played = host.play(playbook)
+    assert played.rc != 0
+    assert "was not seen to hold the weights that the release was deployed with" in played.output
+    assert "[WEIGHTS_ALTERED]" in played.output
+    assert host.running() == NEW
+    assert host.calls("systemctl restart") == []
+
+
+def test_a_restart_needs_a_release_that_is_kept(host: Host) -> None:
+    shutil.rmtree(host.store.path(NEW))
+    played = host.play("playbooks/restart.yml")
+    assert played.rc != 0
+    assert f"expected an installed release that is kept on the host, found {NEW}" in " ".join(played.output.split())
+    assert host.calls("systemctl restart") == []
+
+
+def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
+    """Nothing listens where the inventory says now: that would count as idle."""
+    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        shutil.rmtree(host.store.path(NEW))
+        host.stage(NEW, base_url=f"http://127.0.0.1:{server.server_port}")
+        asked = host.play("playbooks/drain.yml", "--check", glm_ocr_port=1)
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+    assert asked.rc == 0
+    assert "Requests are still in flight" in asked.output
+    assert "HTTP Error 501" in asked.output, "it was asked, and knows no metrics"
+
+
+# --- the weights of a release -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("replaced", "rc"), [(False, 0), (True, 2)])
+def test_weights_are_known_by_names_sizes_and_times_when_the_manifest_has_moved_on(
+    replaced: bool, rc: int, host: Host
+) -> None:
+    shutil.rmtree(host.store.path(NEW))
+    host.stage(NEW, weights_files=fingerprint(list_files(host.weights)[0]))
+    if replaced:
+        os.utime(host.weights / "model.safetensors", (1, 1))
+    assert host.play("playbooks/restart.yml", vllm_weights_manifest="").rc == rc
+
+
+# --- the way back -----------------------------------------------------------------------------------------
+
+
+def test_nothing_is_put_back_when_nothing_was_touched(host: Host) -> None:
+    played = host.rescued(PULL_FAILS)
+    assert "no route to the registry" in played.output
+    assert f"glm-ocr was not touched: release {NEW} stays." in played.output
+    assert host.calls("systemctl restart") == []
+
+
+def test_a_release_that_a_killed_restore_left_running_is_put_out_of_service(host: Host) -> None:
+    """Killed after the files of the last good release were there, and before it was restarted."""
+    fake_host.run_container("c" * 16)
+    played = host.rescued(PULL_FAILS)
+    assert f"Release {NEW} was put back" in played.output
+    assert host.running() == NEW
+
+
+@pytest.mark.parametrize("file", ["bad", "blind"])
+def test_the_last_good_release_that_failed_itself_is_not_called_untouched(file: str, host: Host) -> None:
+    """A restart was owed, because the environment was edited by hand."""
+    with (host.folder / "env").open("a") as environment:
+        environment.write("B=2\n")
+    (host.folder / file).write_text(NEW)
+    played = host.rescued(activate(NEW))
+    assert played.rc != 0
+    assert "not touched" not in played.output
+    assert f"Release {NEW} is the last good one itself: this play restarted it and it failed." in played.output
+    assert OLD in played.output.rpartition("any other kept release")[2]
+    assert len(host.calls("systemctl restart")) == 1
+
+
+def test_what_the_failing_release_read_is_kept_beside_what_the_restored_one_read(host: Host) -> None:
+    (host.folder / "blind").write_text(OLD)
+    played = host.play("playbooks/rollback.yml")
+    assert played.rc != 0
+    assert f"Release {NEW} was put back" in played.output
+    assert "was not seen to hold" not in played.output
+    assert f"ocr_smoke.{OLD}.json has it all" in played.output
+    assert host.results() == {f"ocr_smoke.{OLD}.json": "FAIL", f"ocr_smoke.{NEW}.json": "PASS"}
+    assert host.running() == NEW
+
+
+def test_a_restore_on_other_weights_says_so(host: Host) -> None:
+    flip(host.weights / "model.safetensors")
+    (host.folder / "bad").write_text(OLD)
+    played = host.rescued(activate(OLD))
+    assert f"Release {NEW} was put back" in played.output
+    assert "was not seen to hold the weights that the release was deployed with" in played.output
+
+
+def test_in_check_mode_the_cause_is_what_is_told_last(host: Host) -> None:
+    fake_host.run_container("c" * 16)
+    played = host.rescued(PULL_FAILS, check=True)
+    assert "Check mode: nothing was changed" in played.output
+    assert "no route to the registry" in played.output.rpartition("TASK")[2]
+    assert host.running() == "c" * 16
