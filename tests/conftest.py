@@ -14,6 +14,7 @@ for folder in (
     *PROJECT.glob("roles/*/library"),
     *PROJECT.glob("roles/*/filter_plugins"),
     *PROJECT.glob("roles/*/action_plugins"),
+    *PROJECT.glob("roles/*/callback_plugins"),
     *PROJECT.glob("roles/*/files"),
 ):
     sys.path.insert(0, str(folder))

@@ -1,8 +1,11 @@
-"""Merge the stage results of one validation run into report.json and report.html, on the controller.
+"""Merge the stage results of one validation run into one verdict and its report, on the controller.
 
     python merge_report.py --stages DIR --deployment deployment.json --output DIR --expected ocr_smoke
 
-``--deployment -`` reads standard input, so that what is hidden in the report is never on the disk either.
+Writes ``report.html`` and ``report.zh.html`` for people, ``report.md`` for a ticket and ``report.json`` for programs,
+each in one step.  ``--deployment -`` reads standard input, so that what is hidden in the report is never on the disk
+either.  ``--history DIR`` is the folder of the host's runs: earlier key figures are shown beside this run's.
+
 The last line of standard output is JSON: ``{"host", "run", "verdict", "report"}``.  Exit status: 0 PASS, 1 FAIL,
 2 ERROR (a stage is missing or unusable, or nothing could be written).
 """
@@ -11,25 +14,29 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import jinja2
 import jsonschema
 
 import redaction
+import report_figures
+import report_page
+from report_files import UnusableError, follow, load, schema
+from stage_result import EXIT_STATUS, write_json, write_text
 
-FILES = Path(__file__).resolve().parents[1]
-SCHEMAS = FILES / "schemas"
-TEMPLATE = FILES.parent / "templates" / "report.html.j2"
-STANDARD_INPUT = Path("-")
-EXIT_STATUS = {"PASS": 0, "FAIL": 1, "ERROR": 2}  # in order of severity
+STAGE_SCHEMAS = {
+    "ocr_smoke": None,
+    "ocr_bench": "bench",
+    "ocr_quality": "ocr_quality",
+    "served_accuracy": "accuracy",
+    "ocr_accuracy": "accuracy",
+}
+"""The stages in the order of the report, and the schema that each follows beside ``stage``, which has the smoke's."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +48,15 @@ class Config:
     output: Path
     expected: tuple[str, ...]
     run: str
+    history: Path | None
     template: Path
-
-
-class UnusableError(Exception):
-    """A file that cannot be used; the text names it, the cause and the fix."""
-
-
-class Span(NamedTuple):
-    """A piece of a text, and whether the other text differs there."""
-
-    text: str
-    differs: bool
 
 
 def run(config: Config) -> dict[str, Any]:
     """The merged report, following ``files/schemas/report.schema.json``; reads files, writes none."""
     problems: list[str] = []
     stages: dict[str, dict[str, Any] | None] = {}
-    for name in dict.fromkeys([*config.expected, *sorted(path.stem for path in config.stages.glob("*.json"))]):
+    for name in in_order({*config.expected, *(path.stem for path in config.stages.glob("*.json"))}):
         try:
             stages[name] = load_stage(config.stages / f"{name}.json")
         except UnusableError as error:
@@ -72,7 +69,16 @@ def run(config: Config) -> dict[str, Any]:
         deployment = masked(load(config.deployment, schema("report")["$defs"]["deployment"]))
     except UnusableError as error:
         problems.append(str(error))
-    return merge(stages, deployment, problems, config.run)
+    report = merge(stages, deployment, problems, config.run)
+    if config.history:
+        report["history"] = history(config.history, report)
+    return report
+
+
+def in_order(names: set[str]) -> list[str]:
+    """The stages in the order of the report, unknown ones last."""
+    known = list(STAGE_SCHEMAS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def merge(
@@ -85,7 +91,7 @@ def merge(
     usable = [stage for stage in stages.values() if stage]
     verdicts = [stage["verdict"] for stage in usable] + ["ERROR"] * bool(problems)
     return {
-        "schema_version": "1.0",
+        "schema_version": "1.1",
         "run": run_name,
         "host": deployment["host"] if deployment else None,
         "verdict": max(verdicts, key=list(EXIT_STATUS).index),
@@ -94,9 +100,28 @@ def merge(
         "started_at": min((stage["started_at"] for stage in usable), default=None),
         "finished_at": max((stage["finished_at"] for stage in usable), default=None),
         "deployment": deployment,
+        "key_figures": report_figures.key_figures(stages),
         "stages": dict(stages),
+        "history": None,
         "problems": list(problems),
     }
+
+
+def history(folder: Path, report: Mapping[str, Any]) -> dict[str, Any]:
+    """What the other runs in ``folder/*/report.json`` say of this report's figures; only earlier ones of its host."""
+    earlier, skipped = [], []
+    # `latest` is a link to a run: links are not followed, so that none is counted twice.
+    for path in sorted(path for path in folder.glob("*/report.json") if not path.parent.is_symlink()):
+        try:
+            other = load(path, schema("report"))
+        except UnusableError as error:
+            skipped.append(f"{path.parent.name}/{error}")
+            continue
+        if other["host"] != report["host"]:
+            skipped.append(f"{path.parent.name}/{path.name}: of the host {other['host']}")
+        elif other["run"] != report["run"] and (other["started_at"] or "") < (report["started_at"] or ""):
+            earlier.append(other)
+    return report_figures.history(report, earlier, skipped)
 
 
 def engine_note(deployment: Mapping[str, Any] | None) -> str:
@@ -121,102 +146,63 @@ def masked(deployment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_stage(path: Path) -> dict[str, Any]:
-    """A stage result that follows the schema and bears the name of its file.  Raises ``UnusableError``."""
+    """A stage result that follows its schemas and bears the name of its file.  Raises ``UnusableError``."""
+    if path.stem not in STAGE_SCHEMAS:
+        known = ", ".join(STAGE_SCHEMAS)
+        raise UnusableError(f"{path.name}: expected one of the stages {known}; remove the file or correct the name")
     stage = load(path, schema("stage"))
     if stage["stage"] != path.stem:
         raise UnusableError(f"{path.name}: expected stage {path.stem!r}, found {stage['stage']!r}; rename the file")
+    if own := STAGE_SCHEMAS[path.stem]:
+        follow(path, stage, schema(own))
     return stage
 
 
-def schema(name: str) -> dict[str, Any]:
-    """A schema of ``files/schemas``.  Raises ``UnusableError``."""
-    return dict(json.loads(read(SCHEMAS / f"{name}.schema.json")))
-
-
-def load(path: Path, rules: dict[str, Any]) -> dict[str, Any]:
-    """A JSON object that follows the schema ``rules``.  Raises ``UnusableError``."""
-    try:
-        data = json.loads(read(path), parse_constant=_refuse_constant)
-    except ValueError as error:
-        raise UnusableError(f"{path.name}: expected JSON, found other text ({error}); write it again") from error
-    if fault := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(rules).iter_errors(data)):
-        raise UnusableError(
-            f"{path.name}: against the schema at {fault.json_path}: {fault.message[:300]}; "
-            "write it with the scripts of this version"
-        )
-    return dict(data)
-
-
-def read(path: Path) -> str:
-    """The text of a file, of standard input for ``-``.  Raises ``UnusableError``."""
-    if path == STANDARD_INPUT:
-        return sys.stdin.read()
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise UnusableError(f"{path.name}: expected in {path.parent}, found nothing; run what writes it") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UnusableError(f"{path.name}: cannot be read ({error}); check the file and its permissions") from error
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON; what was not measured is null")
-
-
-def compared(expected: str, found: str) -> tuple[list[Span], list[Span]]:
-    """Both texts in pieces, white space normalised, with what differs marked (Ratcliff/Obershelp, ``difflib``)."""
-    a, b = " ".join(expected.split()), " ".join(found.split())
-    left, right = [], []
-    for tag, a_from, a_to, b_from, b_to in SequenceMatcher(None, a, b, autojunk=False).get_opcodes():
-        left.append(Span(a[a_from:a_to], tag != "equal"))
-        right.append(Span(b[b_from:b_to], tag != "equal"))
-    return [span for span in left if span.text], [span for span in right if span.text]
-
-
-def render(report: Mapping[str, Any], template: str) -> str:
-    """The report as one self-contained HTML page.  Raises ``jinja2.TemplateError``."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update(
-        compared=compared, shell_quoted=shlex.join, without_npu=without_npu(report["deployment"])
-    )
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # Chinese stays readable, the order is kept
-    return environment.from_string(template).render(report=report)
-
-
-def write(path: Path, text: str) -> None:
-    """Write all of ``text`` or nothing.  Raises ``OSError``."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+def rendered(report: Mapping[str, Any], config: Config) -> Iterator[tuple[str, str]]:
+    """The report's pages: file name and text.  Raises ``jinja2.TemplateError`` and ``OSError``."""
+    shown = report_page.pictures(report["stages"].get("ocr_quality"), config.stages)
+    for language, name in report_page.LANGUAGES.items():
+        yield name, report_page.report_html(report, config.template, language, shown)
+    yield "report.md", report_page.report_markdown(report)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """Raises ``SystemExit`` (status 2) for an unusable command line."""
-    parser = argparse.ArgumentParser(description="Merge stage results into report.json and report.html.")
+    parser = argparse.ArgumentParser(description="Merge stage results into one verdict and its report.")
     parser.add_argument("--stages", type=Path, required=True, help="folder with one <stage>.json per stage")
     parser.add_argument("--deployment", type=Path, required=True, help="JSON that says what was deployed; - for stdin")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the report to")
     parser.add_argument("--expected", default="ocr_smoke", help="comma-separated stages that must be there and pass")
     parser.add_argument("--run", help="name of the run; the name of the output folder by default")
-    parser.add_argument("--template", type=Path, default=TEMPLATE, help="Jinja2 template of the page")
+    parser.add_argument("--history", type=Path, help="folder with the host's runs, <run>/report.json each")
+    parser.add_argument(
+        "--template", type=Path, default=report_page.TEMPLATES / "report.html.j2", help="Jinja2 template of the page"
+    )
     arguments = parser.parse_args(argv)
     expected = tuple(name.strip() for name in arguments.expected.split(",") if name.strip())
     name = arguments.run or arguments.output.resolve().name
-    return Config(arguments.stages, arguments.deployment, arguments.output, expected, name, arguments.template)
+    return Config(
+        stages=arguments.stages,
+        deployment=arguments.deployment,
+        output=arguments.output,
+        expected=expected,
+        run=name,
+        history=arguments.history,
+        template=arguments.template,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write both files and print the verdict; returns the exit status."""
+    """Write the files and print the verdict; returns the exit status."""
     config = parse_args(argv)
+    page = config.output / report_page.LANGUAGES["en"]
     try:
         report = run(config)
         jsonschema.Draft202012Validator(schema("report")).validate(report)
-        write(config.output / "report.json", json.dumps(report, ensure_ascii=False, indent=2, allow_nan=False) + "\n")
-        page = config.output / "report.html"
-        write(page, render(report, read(config.template)))
+        # All are rendered before the first is written.
+        for name, text in list(rendered(report, config)):
+            write_text(config.output / name, text)
+        write_json(config.output / "report.json", report)
     except (UnusableError, OSError, jinja2.TemplateError, jsonschema.ValidationError) as error:
         print(f"merge_report.py: no complete report in {config.output}: {error}", file=sys.stderr)
         print(json.dumps({"host": None, "run": config.run, "verdict": "ERROR", "report": None}))

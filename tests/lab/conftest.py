@@ -29,6 +29,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
         check: bool = False,
         inventories: Sequence[Path] = (INVENTORY,),
         limit: str = "ascend910",
+        tags: str = "",
         **variables: Any,
     ) -> Played:
         private = tmp_path_factory.mktemp("runner")
@@ -40,7 +41,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Play:
             inventory=[str(path) for path in inventories],
             limit=limit,
             extravars=variables,
-            cmdline="--check --diff" if check else None,
+            cmdline=" ".join([*(["--check", "--diff"] if check else []), *(["--tags", tags] if tags else [])]) or None,
             quiet=True,
         )
         with result.stdout as stream:

@@ -118,7 +118,11 @@ CHANGES = ["deploy", "drain", "remove", "restart", "rollback", "stop"]
 @pytest.mark.parametrize("verb", CHANGES)
 def test_a_verb_that_changes_the_service_keeps_other_controllers_out(verb: str) -> None:
     tasks = yaml.safe_load((PROJECT / "playbooks" / f"{verb}.yml").read_text())[-1]["tasks"]
-    assert [task.get("ansible.builtin.import_role", {}).get("name") for task in tasks] == ["glm_ocr", "deploy_lock", None]
+    assert [task.get("ansible.builtin.import_role", {}).get("name") for task in tasks] == [
+        "glm_ocr",
+        "deploy_lock",
+        None,
+    ]
     (release,) = tasks[-1]["always"]
     assert release["ansible.builtin.import_role"] == {"name": "deploy_lock", "tasks_from": "release"}
 

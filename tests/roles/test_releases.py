@@ -61,7 +61,7 @@ def test_the_last_good_one_is_the_one_found_good_last(store: Store) -> None:
 
 def test_a_release_that_was_good_before_another_is_to_be_proven_again(store: Store, tmp_path: Path) -> None:
     """A play that died between the swap and the proof left `a` running and `b` as what a failure would put back."""
-    options = {"service": "s", "store": store.folder, "environment_file": "", "container_engine": str(tmp_path / "none")}
+    options = {"service": "s", "store": store.folder, "environment_file": "", "container_engine": str(tmp_path)}
     stage(store, "a", "b")
     good(store, "a", 10)
     assert vllm_release.Service({**options, "release": "a"}).identity()["good"]

@@ -325,7 +325,12 @@ def test_a_flipped_byte_is_seen_although_size_and_mtime_are_the_same(model: Path
 
 def test_check_mode_remembers_nothing(model: Path, tmp_path: Path) -> None:
     options = {"hash": "listed", "manifest": sha256sum(model).stdout, "manifest_name": "m", "trust_remote_code": False}
-    options |= {"partial": "", "path": str(model), "architecture": ARCHITECTURE, "memory": str(tmp_path / "hashes.json")}
+    options |= {
+        "partial": "",
+        "path": str(model),
+        "architecture": ARCHITECTURE,
+        "memory": str(tmp_path / "hashes.json"),
+    }
     assert weights.examine(options, may_remember=False)[1]["hashed_bytes"] > 0
     assert not (tmp_path / "hashes.json").exists()
 

@@ -2,7 +2,8 @@
 """A stand-in for docker in plays that run on this machine: answers from a folder, and writes down what it was asked.
 
 The folder is the one this file was copied into: ``images.json`` maps names to ids, ``answer`` and ``status`` are what a
-container prints and ends with, ``calls.jsonl`` gets one line per call, ``context/`` the last build's files.
+container prints and ends with (its inspection succeeds), ``calls.jsonl`` gets one line per call, ``context/`` the last
+build's files.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def main() -> int:
     answer, status = FOLDER / "answer", FOLDER / "status"
     if arguments[0] != "image" and answer.exists():
         print(answer.read_text())
-    return int(status.read_text()) if status.exists() else 0
+    return int(status.read_text()) if arguments[0] != "container" and status.exists() else 0
 
 
 if __name__ == "__main__":

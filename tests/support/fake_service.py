@@ -1,9 +1,13 @@
-"""What the stand-in for the service answers: the HTTP server around it is a fixture of conftest.py."""
+"""A stand-in for the service: what it answers, and a real HTTP server around it."""
 
 from __future__ import annotations
 
 import json
 import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import ocr_lines
@@ -51,3 +55,39 @@ class Service:
             url = request["messages"][0]["content"][0]["image_url"]["url"]
             return 200, completion(f"\n{self.pictures[url]} ")
         return 404, json.dumps({"detail": "Not Found"})
+
+
+@contextmanager
+def serving() -> Iterator[Service]:
+    """A service on a free loopback port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            length = int(self.headers.get("Content-Length", 0))
+            request = json.loads(self.rfile.read(length)) if length else {}
+            fake.keys.append(self.headers.get("Authorization"))
+            if (answer := fake.answer(self.path, request)) is None:
+                self.close_connection = True
+                return
+            status, body = answer[0], answer[1].encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    fake = Service(server.server_port)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield fake
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -67,8 +67,8 @@ def lab_node(verb: str, name: str) -> None:
 
 
 def extra_flags(**flags: Any) -> dict[str, Any]:
-    """The lab's `vllm_service_extra_flags` and more, for a play that overrides them; max_num_seqs=8 is --max-num-seqs 8."""
-    return ENGINE["vllm_service_extra_flags"] | {name.replace("_", "-"): value for name, value in flags.items()}
+    """The lab's `vllm_service_extra_flags` and more, for a play that overrides them; max_num_seqs is --max-num-seqs."""
+    return dict(ENGINE["vllm_service_extra_flags"]) | {name.replace("_", "-"): value for name, value in flags.items()}
 
 
 def container_start(node: Host, engine: str = "docker") -> str:

@@ -47,9 +47,7 @@ class LocalPlay:
             "ansible_python_interpreter": sys.executable,
         }
 
-    def run(
-        self, *tasks: dict[str, Any], check: bool = False, options: Sequence[str] = (), **variables: Any
-    ) -> Played:
+    def run(self, *tasks: dict[str, Any], check: bool = False, options: Sequence[str] = (), **variables: Any) -> Played:
         play = {"hosts": "localhost", "gather_facts": False, "tasks": [*tasks, *self.silent]}
         (self.folder / "play.yml").write_text(yaml.safe_dump([play]))
         command = [

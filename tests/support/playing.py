@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ def stub(folder: Path, name: str, script: str) -> str:
     path.write_text(f"#!/bin/sh\n{script}\n")
     path.chmod(0o755)
     return str(path)
+
+
+def installed_scripts(folder: Path) -> str:
+    """A ``glm_ocr_library_dir`` whose scripts are the project's already: copying them there as root's needs root."""
+    library = folder / "lib"
+    shutil.copytree(PROJECT / "files" / "scripts", library / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    return str(library)
 
 
 def play(folder: Path, playbook: str, hosts: dict[str, dict[str, Any]], *more: str) -> Played:

@@ -52,6 +52,7 @@ class ScheduledMock:
     chunk_usage: bool = True  # honour continuous_usage_stats
     usage: bool = True
     close_after_reply: bool = False
+    plain: bool = False  # a request for no stream is answered at once with ``text``
     words: bool = True  # /tokenize answers: one token a word and 10 of the template
     stall: tuple[float, float] | None = None  # from, to: seconds after the first request without a write
     fault: str | int | None = None
@@ -93,6 +94,11 @@ class ScheduledMock:
             return True
         if fault == "json":
             writer.write(plain(200, "{}"))
+            await writer.drain()
+            return True
+        if self.plain and not request.get("stream"):
+            message = {"message": {"content": self.text}, "finish_reason": "stop"}
+            writer.write(plain(200, json.dumps({"choices": [message]})))
             await writer.drain()
             return True
         return fault != "refuse" and await self._stream(request, fault, reader, writer)

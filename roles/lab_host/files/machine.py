@@ -91,7 +91,7 @@ def problems(machine: Machine, systems: list[str], memory_min_mb: int, disk_min_
         )
     if machine.architecture != ARCHITECTURE:
         found.append(
-            f"{ARCHITECTURE}: found {machine.architecture}; the lab's engine exists for no other. Fix: use such a machine."
+            f"{ARCHITECTURE}: found {machine.architecture}; the lab's engine exists for no other. Fix: use one."
         )
     if machine.disk_free_gb < disk_min_gb:
         found.append(

@@ -132,7 +132,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible ships no types
-    """Returns ``table``, ``errors`` by host, ``problem`` with the report itself, ``verdict`` and ``path``; never changed."""
+    """Returns ``table``, ``errors`` by host, ``problem`` of the report itself, ``verdict``, ``path``; never changed."""
 
     _requires_connection = False
 

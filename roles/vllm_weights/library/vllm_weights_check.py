@@ -48,7 +48,7 @@ options:
     description:
       - C(remembered) reads no file; C(listed) reads what the manifest lists, C(all) reads every file, except what is
         remembered.
-  partial: {type: str, default: "", description: Where the model grows while it is fetched; what is there counts as room.}
+  partial: {type: str, default: "", description: Where a fetch lets the model grow; what is there counts as room.}
   memory: {type: str, default: "", description: File that remembers hashes; empty remembers nothing.}
 author: [glm-ocr-ascend]
 """
@@ -119,7 +119,7 @@ def check_folder(folder: Path, empty: bool, not_mounted: Sequence[str]) -> List[
 
 
 def check_room(folder: Path, manifest: Mapping[str, Entry], room: int) -> List[Finding]:
-    """Whether a model that is not there yet would find ``room`` bytes enough; sizes that no manifest tells count as 0."""
+    """Whether ``room`` bytes are enough for a model that is not there yet; a size that no manifest tells counts as 0."""
     needed = sum(entry.size or 0 for entry in manifest.values())
     if needed <= room:
         return []
@@ -317,7 +317,9 @@ def examine(options: Mapping[str, Any], may_remember: bool) -> Tuple[List[Findin
         findings += damaged(folder, problems)
         findings += check_config(folder, options["architecture"])
         findings += check_tensors(folder, files)
-        findings += check_formats(folder, files, options["trust_remote_code"], bool(manifest) or options["hash"] == "all")
+        findings += check_formats(
+            folder, files, options["trust_remote_code"], bool(manifest) or options["hash"] == "all"
+        )
         readable = {name: entry for name, entry in manifest.items() if name not in problems}
         if manifest:
             findings += check_manifest(folder, files, hashes, readable, options["manifest_name"])
