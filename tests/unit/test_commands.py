@@ -68,7 +68,7 @@ def test_less_disk_is_needed_once_the_lab_was_built(tmp_path: Path) -> None:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """A fresh clone in which the tools, and the Python that would install them, only write down that they were called."""
+    """A fresh clone in which the tools, and the Python that would install them, only note that they were called."""
     for name in ("Makefile", ".ci/bootstrap", "requirements.txt", "requirements-dev.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(PROJECT / name, tmp_path / name)

@@ -119,7 +119,7 @@ def check_folder(folder: Path, empty: bool, not_mounted: Sequence[str]) -> List[
 
 
 def check_room(folder: Path, manifest: Mapping[str, Entry], room: int) -> List[Finding]:
-    """Whether ``room`` bytes are enough for a model that is not there yet; a size that no manifest tells counts as 0."""
+    """Whether ``room`` bytes are enough for a model that is not there; a size that no manifest tells counts as 0."""
     needed = sum(entry.size or 0 for entry in manifest.values())
     if needed <= room:
         return []

@@ -140,7 +140,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 def room_bytes(partial: Path) -> int:
-    """Bytes that a model in ``partial`` may have: what is free where it is or would be made, and what it has already."""
+    """Bytes that a model in ``partial`` may have: what is free where it is or will be, and what it has already."""
     place = partial
     while not place.exists():
         place = place.parent
