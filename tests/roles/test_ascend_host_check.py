@@ -154,10 +154,6 @@ def test_the_container_of_a_process_is_asked_for_by_name(
 @pytest.fixture
 def arguments(tmp_path: Path, script: Callable[[str, str], Path]) -> dict[str, Any]:
     """The module's arguments on a machine on which nothing is wrong but what this machine lacks."""
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    (weights / "config.json").touch()
-    (weights / "model.safetensors").touch()
     for name in ("npu-smi", "version.info"):
         shutil.copy(NPU_SMI.with_name(name), tmp_path / name)
     (tmp_path / "npu-smi").chmod(0o755)
@@ -170,7 +166,8 @@ def arguments(tmp_path: Path, script: Callable[[str, str], Path]) -> dict[str, A
         "image_space_gib": 0,
         "memory_gib": 0,
         "shm_size": "1g",
-        "weights_path": str(weights),
+        "state_path": str(tmp_path / "not" / "made" / "yet"),
+        "state_space_gib": 0,
         "port": 1,
         "devices": ["/dev/davinci0", "/dev/davinci1"],
         "driver_paths": [str(tmp_path / "npu-smi"), str(tmp_path / "version.info")],
@@ -223,7 +220,7 @@ def test_a_machine_on_which_nothing_is_wrong(look: Look, arguments: dict[str, An
         ({"memory_gib": 2**20}, {"HOST_MEMORY"}),
         ({"image_space_gib": 2**40}, {"HOST_DISK"}),
         ({"shm_size": "1m"}, {"HOST_SHM"}),
-        ({"weights_path": "/opt/absent"}, {"HOST_WEIGHTS"}),
+        ({"state_space_gib": 2**40}, {"HOST_DISK"}),
         ({"devices": ["/dev/davinci0", "/dev/davinci1", "/dev/davinci6"]}, {"HOST_DEVICES", "NPU_IDLE"}),
         ({"driver_versions": ["25.5"]}, {"HOST_DRIVER_VERSION"}),
         ({"driver_paths": ["/opt/absent/version.info", str(NPU_SMI)]}, {"HOST_DRIVER", "NPU_SMI"}),
@@ -294,7 +291,7 @@ def test_an_engine_that_does_not_answer_does_not_hide_the_rest(
     body: str, look: Look, arguments: dict[str, Any], script: Callable[[str, str], Path]
 ) -> None:
     script("docker", body)
-    assert set(look({**arguments, "weights_path": "/opt/absent"})) == {"HOST_ENGINE", "HOST_WEIGHTS"}
+    assert set(look({**arguments, "shm_size": "1m"})) == {"HOST_ENGINE", "HOST_SHM"}
 
 
 def test_a_process_on_our_card_is_told_by_name(
@@ -330,13 +327,13 @@ def test_everything_wrong_is_told_at_once(look: Look, arguments: dict[str, Any])
     found = look(
         {
             **arguments,
-            "weights_path": "/opt/absent",
+            "shm_size": "1m",
             "devices": ["/dev/davinci0", "/dev/davinci6", "/dev/davinci7"],
             "driver_paths": ["/usr/local/absent", *arguments["driver_paths"]],
         }
     )
     errors = {identifier for identifier, finding in found.items() if finding.severity == "error"}
-    assert errors == {"HOST_WEIGHTS", "HOST_DEVICES", "HOST_DRIVER"}
+    assert errors == {"HOST_SHM", "HOST_DEVICES", "HOST_DRIVER"}
     assert "/dev/davinci6, /dev/davinci7" in found["HOST_DEVICES"].found
 
 

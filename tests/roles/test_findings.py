@@ -11,6 +11,7 @@ import pytest
 import yaml
 from ansible.module_utils import findings, host_checks, npu_checks, npu_smi
 
+import finding_text
 import preflight_report
 from rendering import ROLES
 
@@ -41,21 +42,21 @@ def test_a_finding_that_is_in_no_catalogue_cannot_be_made(identifier: str, sever
         findings.Finding(identifier, "a", "b", "c", "d", severity)
 
 
-def test_a_result_tells_all_findings_as_data_and_as_text() -> None:
+def test_findings_are_told_as_data_and_in_one_form_as_text() -> None:
     finding = findings.Finding("HOST_PORT", "a free port", "pid 1: nc", "stop it", "停止", findings.WARNING)
-    result = findings.as_result([finding], "the machine")
-    assert result["findings"] == [
-        {
-            "id": "HOST_PORT",
-            "severity": "warning",
-            "expected": "a free port",
-            "found": "pid 1: nc",
-            "fix": "stop it",
-            "fix_zh": "停止",
-        }
-    ]
-    assert "1 finding(s)" in result["message"]
-    assert "[HOST_PORT] warning: expected a free port; found pid 1: nc. Fix: stop it" in result["message"]
+    (told,) = findings.as_data([finding])
+    assert told == {
+        "id": "HOST_PORT",
+        "severity": "warning",
+        "expected": "a free port",
+        "found": "pid 1: nc",
+        "fix": "stop it",
+        "fix_zh": "停止",
+    }
+    text = "[HOST_PORT] warning: expected a free port; found pid 1: nc.\n  Fix: stop it\n  处理：停止"
+    assert finding_text.finding_text([told]) == text
+    assert finding_text.finding_text([told, told]) == f"{text}\n{text}"
+    assert finding_text.finding_text([]) == ""
 
 
 def every_finding() -> list[dict[str, Any]]:
@@ -69,11 +70,10 @@ def every_finding() -> list[dict[str, Any]]:
         *host_checks.check_engine("podman", "", ""),
         *host_checks.check_container("glm-ocr", {}, "docker"),
         *host_checks.check_port(8000, [holder], None),
-        *host_checks.check_space("image", "/", 0, 1),
+        *host_checks.check_space("image", "/", 0, 1, "ascend_host_image_space_gib"),
         *host_checks.check_host_memory(0, 1),
         *host_checks.check_shm("0", 1),
         *host_checks.check_clock(0, 99, 1),
-        *host_checks.check_weights("/w", None, ["/mnt"]),
         *host_checks.check_devices([], []),
         *host_checks.check_driver_files(["/a", "/b"]),
         *host_checks.check_driver_version("", ["25.5"]),

@@ -82,3 +82,24 @@ def test_inventory_sets_only_variables_that_exist() -> None:
     for path in PROJECT.glob("inventory/**/group_vars/*/*.yml"):
         for name in load(path):
             assert name in known or name.startswith("ansible_"), f"{path.relative_to(PROJECT)}: {name}"
+
+
+def test_a_boolean_is_one_also_when_it_comes_from_the_command_line() -> None:
+    """`-e name=true` is text: Ansible refuses it as a condition, and "false" is true for a ternary.
+
+    A module takes it as it is: its own argument is a boolean.
+    """
+    booleans = {
+        name
+        for folder in ROLE_FOLDERS
+        for entry in load(folder / "meta" / "argument_specs.yml")["argument_specs"].values()
+        for name, option in entry.get("options", {}).items()
+        if option.get("type") == "bool"
+    }
+    assert booleans
+    sources = [*PROJECT.glob("playbooks/*.yml"), *PROJECT.glob("templates/*"), *PROJECT.glob("inventory/**/*.yml")]
+    sources += [path for folder in ROLE_FOLDERS for pattern in SOURCES for path in folder.glob(pattern)]
+    for line in text_of(sources).splitlines():
+        for name in set(re.findall(r"\b\w+_\w+\b", line)) & booleans:
+            given = rf"^\s*(#|{name}: )|: \"{{{{ {name} }}}}\"$|-e {name}=|\b{name} is off|\b{name} \| bool\b"
+            assert re.search(given, line), line

@@ -44,12 +44,11 @@ def merged(active: list[str], published: dict[str, list[dict[str, str]] | None])
     return report
 
 
-@pytest.mark.parametrize("name", ["table.txt", "message.txt", "preflight.json"])
+@pytest.mark.parametrize("name", ["table.txt", "preflight.json"])
 def test_golden(name: str) -> None:
     report = merged(ACTIVE, FLEET)
     rendered = {
         "table.txt": preflight_report.table(report) + "\n",
-        "message.txt": preflight_report.message(report, ACTIVE) + "\n",
         "preflight.json": json.dumps(report, ensure_ascii=False, indent=2) + "\n",
     }[name]
     if os.environ.get("UPDATE_GOLDEN"):
@@ -61,7 +60,7 @@ def test_no_findings_is_a_pass_that_says_so() -> None:
     report = merged(["a", "b"], {"a": [], "b": []})
     assert report["verdict"] == "PASS"
     assert preflight_report.table(report) == "no findings on 2 host(s)"
-    assert preflight_report.message(report, ["a", "b"]) == ""
+    assert preflight_report.errors_of(report, ["a", "b"]) == {}
 
 
 def test_warnings_are_shown_and_stop_nothing() -> None:
@@ -69,24 +68,21 @@ def test_warnings_are_shown_and_stop_nothing() -> None:
     assert report["verdict"] == "PASS"
     assert report["hosts"] == [{"host": "a", "checked": True, "errors": 0, "warnings": 1}]
     assert "NPU_IDLE" in preflight_report.table(report)
-    assert preflight_report.message(report, ["a"]) == ""
+    assert preflight_report.errors_of(report, ["a"]) == {}
 
 
 def test_one_error_fails_once_and_is_told_whole() -> None:
     report = merged(["a", "b"], {"a": [], "b": [IDLE, PORT]})
     assert report["verdict"] == "FAIL"
     assert [told["id"] for told in report["findings"]] == ["HOST_PORT", "NPU_IDLE"], "errors first"
-    message = preflight_report.message(report, ["a", "b"])
-    for text in ("[HOST_PORT]", "b: 1 finding(s)", PORT["found"], PORT["fix"], PORT["fix_zh"]):
-        assert text in message
-    assert "NPU_IDLE" not in message
+    assert preflight_report.errors_of(report, ["a", "b"]) == {"b": [{**PORT, "host": "b"}]}
 
 
 def test_an_unreachable_host_is_told_and_does_not_stop_the_others() -> None:
     report = merged(["a"], {"a": [], "gone": None})
     assert report["verdict"] == "ERROR"
     assert [(told["id"], told["host"]) for told in report["findings"]] == [("HOST_UNREACHABLE", "gone")]
-    assert preflight_report.message(report, ["a"]) == ""
+    assert preflight_report.errors_of(report, ["a"]) == {}
 
 
 def test_what_a_host_published_before_it_was_lost_is_not_lost() -> None:
@@ -98,7 +94,8 @@ def test_what_a_host_published_before_it_was_lost_is_not_lost() -> None:
 def test_a_host_that_was_not_checked_cannot_pass() -> None:
     report = merged(["a"], {"a": None})
     assert report["verdict"] == "ERROR"
-    assert "the role did not run on this host" in preflight_report.message(report, ["a"])
+    (told,) = preflight_report.errors_of(report, ["a"])["a"]
+    assert told["found"] == "the role did not run on this host"
 
 
 def test_the_facts_of_both_roles_are_read() -> None:
@@ -145,6 +142,8 @@ PLAY = """
 - hosts: ascend910
   gather_facts: false
   tasks:
+    - ansible.builtin.import_role: {name: glm_ocr}
+      when: false
     - ansible.builtin.fail: {msg: lost on the way}
       when: lost | default(false)
     - ansible.builtin.include_role: {name: preflight_report}
@@ -193,7 +192,10 @@ def test_a_play_shows_writes_and_fails_once(tmp_path: Path) -> None:
     assert path.parts[-3:] == ("preflight", RUN, "preflight.json")
     assert [told["id"] for told in report["findings"]] == ["HOST_PORT", "HOST_UNREACHABLE"]
     assert f"Report:  {path}" in output
-    assert PORT["found"] in output
+    assert "docs/runbooks/findings.md" in output
+    message = output.partition("b: 1 finding(s) stand in the way; nothing was changed.")[2]
+    for text in ("[HOST_PORT] error: expected", PORT["found"], PORT["fix"], f"处理：{PORT['fix_zh']}"):
+        assert text in message
     assert "the play goes on" not in output
     assert "deployed" not in output, "not even the host without findings"
     assert "changed=1" not in output
@@ -223,11 +225,3 @@ def test_findings_are_told_even_when_the_report_cannot_be_written(tmp_path: Path
     assert "[HOST_PORT]" in output
     assert "The report cannot be written" in output
     assert "Traceback" not in output
-
-
-def test_a_folder_that_two_roles_miss_is_told_once() -> None:
-    missing = {"severity": "error", "expected": "a", "found": "no such folder", "fix": "b", "fix_zh": "c"}
-    host, weights = {"id": "HOST_WEIGHTS", **missing}, {"id": "WEIGHTS_CONFIG", **missing}
-    both = preflight_report.findings_of({"ascend_host_findings": [host], "vllm_weights_findings": [weights]})
-    assert both == [host]
-    assert preflight_report.findings_of({"ascend_host_findings": [], "vllm_weights_findings": [weights]}) == [weights]

@@ -271,4 +271,4 @@ def test_the_report_follows_the_schema_and_is_not_written_in_check_mode(played: 
     assert len(broken["problems"]) == 2
     assert (unreachable["asked"], left["asked"]) == (False, False)
     assert (bare["running"], bare["wanted"]) == ("abcd", None)
-    assert "[WEIGHTS_CONFIG]" in bare["problems"][0]
+    assert "[HOST_WEIGHTS]" in bare["problems"][0]

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
-from ansible.module_utils.weights_manifest import hash_files, list_files, parse
+from ansible.module_utils.weights_manifest import bytes_on_disk, hash_files, list_files, parse, room_bytes
 
 import vllm_weights_check as weights
 from model_files import NANO, NANO_MANIFEST, flip, safetensors, sha256, sha256sum
@@ -28,7 +29,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def look(model: Path, **options: Any) -> tuple[list[Any], dict[str, Any]]:
-    options = {"hash": "listed", "memory": "", "manifest": "", "trust_remote_code": False, **options}
+    options = {"hash": "listed", "memory": "", "manifest": "", "trust_remote_code": False, "partial": "", **options}
     options.setdefault("manifest_name", "list.sha256" if options["manifest"] else "")
     return weights.examine({"path": str(model), "architecture": ARCHITECTURE, **options}, may_remember=True)
 
@@ -64,8 +65,82 @@ def test_damage_is_found_without_a_manifest(file: str, content: bytes, identifie
     assert errors(model) == [identifier]
 
 
-def test_an_absent_folder_is_one_error(model: Path) -> None:
-    assert errors(model / "absent", manifest=sha256sum(model).stdout) == ["WEIGHTS_CONFIG"]
+@pytest.mark.parametrize("found", ["no such folder", "an empty folder"])
+def test_an_absent_or_empty_folder_is_one_error(found: str, model: Path) -> None:
+    folder = model / "other"
+    if found == "an empty folder":
+        folder.mkdir()
+    (finding,) = look(folder, manifest=sha256sum_of_two(model))[0]
+    assert (finding.id, finding.found) == ("HOST_WEIGHTS", found)
+    assert str(folder) in finding.expected
+    assert errors(folder) == ["HOST_WEIGHTS"], "the missing manifest stays a warning"
+
+
+@pytest.mark.parametrize(
+    ("file", "missing"), [("config.json", "WEIGHTS_CONFIG"), ("model.safetensors", "WEIGHTS_FORMAT")]
+)
+def test_a_missing_file_is_told_without_a_manifest(file: str, missing: str, model: Path) -> None:
+    (model / file).unlink()
+    assert errors(model) == [missing]
+
+
+def test_weights_below_an_absent_mount_are_refused_even_when_files_lie_there(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = {"/etc/fstab": f"/dev/sdb1 {model} ext4 defaults 0 0", "/proc/self/mounts": ""}
+    monkeypatch.setattr(weights, "text_of", texts.__getitem__)
+    found = {finding.id: finding for finding in look(model)[0]}
+    assert found["HOST_WEIGHTS"].found == f"{model} of /etc/fstab is not mounted"
+    assert f"`mount {model}`" in found["HOST_WEIGHTS"].fix
+    assert f"`mount {model}`" in found["HOST_WEIGHTS"].fix_zh
+
+
+FSTAB = """
+# /dev/sdz /opt/commented ext4 defaults 0 0
+UUID=1 / ext4 defaults 0 1
+nas:/weights /opt/atomgit/ nfs defaults 0 0
+/dev/sdb1 /opt/my\\040disk ext4 defaults 0 0
+/dev/sdc1 /opt/atom ext4 defaults 0 0
+/dev/sdd1 none swap sw 0 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "mounts", "missing"),
+    [
+        ("/opt/atomgit/weights", "", ["/opt/atomgit"]),
+        ("/opt/atomgit/weights", "nas:/weights /opt/atomgit nfs4 rw 0 0", []),
+        ("/opt/atomgit", "", ["/opt/atomgit"]),
+        ("/opt/my disk/w", "", ["/opt/my disk"]),
+        ("/opt/my disk/w", "/dev/sdb1 /opt/my\\040disk ext4 rw 0 0", []),
+        ("/opt/commented/w", "", []),
+        ("/srv/w", "", []),
+    ],
+)
+def test_what_fstab_mounts_above_the_weights_must_be_mounted(path: str, mounts: str, missing: list[str]) -> None:
+    assert weights.unmounted(FSTAB, mounts, path) == missing
+
+
+def test_a_disk_that_is_too_small_for_the_manifests_sizes_is_told_before_a_fetch(model: Path) -> None:
+    absent = model / "absent"
+    large = f"# size {10**18} model.safetensors\n{'0' * 64}  model.safetensors\n"
+    (folder, disk) = look(absent, manifest=large)[0]
+    assert (folder.id, disk.id) == ("HOST_WEIGHTS", "WEIGHTS_DISK")
+    assert "1000000000.0 GB free" in disk.expected
+    assert f"`df -h {model}`" in disk.fix
+    assert "WEIGHTS_DISK" not in errors(model, manifest=large), "it is there"
+    assert errors(absent, manifest=large.replace(str(10**18), "1000")) == ["HOST_WEIGHTS"]
+
+
+def test_what_an_earlier_fetch_left_counts_as_room(tmp_path: Path) -> None:
+    partial = tmp_path / "made" / "later"
+    free = shutil.disk_usage(tmp_path).free
+    assert room_bytes(partial) == pytest.approx(free, abs=10**9)
+    partial.mkdir(parents=True)
+    (partial / "part").write_bytes(b"x" * 10**6)
+    used = bytes_on_disk(partial)
+    assert used == 10**6
+    assert room_bytes(partial) == pytest.approx(shutil.disk_usage(partial).free + used, abs=10**9)
 
 
 def test_pickles_are_refused(model: Path) -> None:
@@ -82,11 +157,9 @@ def test_python_needs_trust_and_then_a_manifest(model: Path) -> None:
     assert errors(model, manifest=sha256sum(model).stdout) == ["WEIGHTS_CODE"]
     assert errors(model, trust_remote_code=True, manifest=listed) == ["WEIGHTS_EXTRA"]
     assert errors(model, trust_remote_code=True, manifest=sha256sum(model).stdout) == []
-    found, _ = look(model, trust_remote_code=True)
-    assert [(finding.id, finding.severity) for finding in found] == [
-        ("WEIGHTS_UNVERIFIED", "warning"),
-        ("WEIGHTS_CODE", "warning"),
-    ]
+    assert errors(model, trust_remote_code=True) == ["WEIGHTS_CODE"], "trusted, and in no manifest"
+    assert errors(model, trust_remote_code=True, hash="all") == [], "a manifest is being made"
+    assert errors(model, hash="all") == ["WEIGHTS_CODE"]
 
 
 # --- the manifest -----------------------------------------------------------------------------------------
@@ -252,7 +325,12 @@ def test_a_flipped_byte_is_seen_although_size_and_mtime_are_the_same(model: Path
 
 def test_check_mode_remembers_nothing(model: Path, tmp_path: Path) -> None:
     options = {"hash": "listed", "manifest": sha256sum(model).stdout, "manifest_name": "m", "trust_remote_code": False}
-    options |= {"path": str(model), "architecture": ARCHITECTURE, "memory": str(tmp_path / "hashes.json")}
+    options |= {
+        "partial": "",
+        "path": str(model),
+        "architecture": ARCHITECTURE,
+        "memory": str(tmp_path / "hashes.json"),
+    }
     assert weights.examine(options, may_remember=False)[1]["hashed_bytes"] > 0
     assert not (tmp_path / "hashes.json").exists()
 

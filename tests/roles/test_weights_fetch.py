@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ansible.module_utils.weights_manifest import bytes_on_disk
 
 import vllm_weights_fetch as fetching
 import vllm_weights_progress as progress
@@ -116,6 +117,19 @@ def test_a_folder_is_copied_without_hidden_files_and_with_what_links_lead_to(tmp
     assert not (tmp_path / "target" / "model.safetensors").is_symlink()
 
 
+def test_a_disk_that_is_too_small_is_told_and_nothing_is_fetched(tmp_path: Path) -> None:
+    target, source = tmp_path / "target", tmp_path / "source"
+    with pytest.raises(fetching.FetchError, match=r"\[WEIGHTS_DISK\] expected 1000000000.0 GB free .*; found .* GB"):
+        fetching.fetch(target, ["true"], "", 10**18)
+    source.mkdir()
+    with (source / "model.safetensors").open("wb") as file:
+        file.truncate(10**13)  # sparse: a copy would not be
+    with pytest.raises(fetching.FetchError, match=r"expected 10000.0 GB free"):
+        fetching.fetch(target, [], str(source))
+    assert not target.exists()
+    fetching.fetch(target, ["true"], "", 1)
+
+
 def test_a_client_that_is_absent_or_fails_is_told(tmp_path: Path) -> None:
     with pytest.raises(fetching.FetchError, match="absent-client cannot be run on this host: No such file"):
         fetching.fetch(tmp_path / "target", ["absent-client"], "")
@@ -164,4 +178,4 @@ def test_how_far_it_is(tmp_path: Path) -> None:
     (folder / ".incomplete").write_bytes(b"x" * 10_000)
     with (folder / "sparse").open("wb") as file:
         file.truncate(10**9)
-    assert progress.bytes_on_disk(folder) == 10_000
+    assert bytes_on_disk(folder) == 10_000

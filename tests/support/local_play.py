@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class LocalPlay:
             "ansible_python_interpreter": sys.executable,
         }
 
-    def run(self, *tasks: dict[str, Any], check: bool = False, **variables: Any) -> Played:
+    def run(self, *tasks: dict[str, Any], check: bool = False, options: Sequence[str] = (), **variables: Any) -> Played:
         play = {"hosts": "localhost", "gather_facts": False, "tasks": [*tasks, *self.silent]}
         (self.folder / "play.yml").write_text(yaml.safe_dump([play]))
         command = [
@@ -54,6 +55,7 @@ class LocalPlay:
             "--inventory=localhost,",
             f"--extra-vars={json.dumps(self.variables | variables)}",
             *(["--check"] if check else []),
+            *options,
             str(self.folder / "play.yml"),
         ]
         environment = os.environ | {

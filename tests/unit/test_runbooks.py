@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ansible.module_utils.findings import CATALOGUE
 
+import preflight_report
 from rendering import PROJECT, ROLES
 
 RUNBOOKS = PROJECT / "docs" / "runbooks"
@@ -32,7 +34,7 @@ def test_every_verb_has_a_page_in_both_languages_with_the_same_commands(verb: st
 
 def test_every_page_is_of_a_verb() -> None:
     pages = {path.relative_to(RUNBOOKS).with_suffix("").as_posix() for path in RUNBOOKS.rglob("*.md")}
-    assert pages == {*VERBS, *(f"zh/{verb}" for verb in VERBS)}
+    assert pages == {folder + name for name in (*VERBS, "findings") for folder in ("", "zh/")}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -56,3 +58,31 @@ def test_what_a_page_refers_to_exists(page: Path) -> None:
     assert set(re.findall(r"-e (\w+)=", text)) | set(re.findall(r"`(\w+_seconds)`", text)) <= known
     for link in re.findall(r"\]\(([^)]+)\)", text):
         assert (page.parent / link).is_file(), link
+
+
+def test_every_finding_is_explained_in_both_languages_with_the_same_commands() -> None:
+    # Those that a task tells by itself, before there is a list of findings.
+    tasks = "".join(path.read_text() for path in ROLES.glob("*/tasks/*.yml"))
+    told = {*CATALOGUE, *re.findall(r"\[([A-Z]+_[A-Z_]+)\] ", tasks)}
+    sections = []
+    for page in (RUNBOOKS / "findings.md", RUNBOOKS / "zh" / "findings.md"):
+        _, *parts = re.split(r"^## ", page.read_text(), flags=re.MULTILINE)
+        sections.append({part.partition("\n")[0]: part for part in parts})
+        assert len(parts) == len(sections[-1]), "an id twice"
+        assert set(sections[-1]) == told
+    english, chinese = sections
+    for name, section in english.items():
+        words = [
+            re.findall(rf"^- ({pattern})[:：]", text, re.MULTILINE)
+            for text, pattern in ((section, "Check|Mend|Mended"), (chinese[name], "检查|处理|已修复"))
+        ]
+        assert words == [["Check", "Mend", "Mended"], ["检查", "处理", "已修复"]], name
+        typed = [sorted(re.findall(r"`([^`]+)`", text)) for text in (section, chinese[name])]
+        assert typed[0] == typed[1], name
+        for playbook in re.findall(r"ansible-playbook (\S+)", section):
+            assert (PROJECT / playbook).is_file(), name
+
+
+def test_the_preflight_says_where_its_findings_are_explained() -> None:
+    assert (PROJECT / preflight_report.RUNBOOK).is_file()
+    assert (PROJECT / preflight_report.RUNBOOK_ZH).is_file()

@@ -17,7 +17,7 @@ from ansible.module_utils import host_checks as host
 from ansible.module_utils import npu_checks as npu
 from ansible.module_utils import npu_smi
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.findings import Finding, as_result
+from ansible.module_utils.findings import Finding, as_data
 
 DOCUMENTATION = r"""
 module: ascend_host_check
@@ -32,7 +32,8 @@ options:
   image_space_gib: {type: int, required: true, description: Free space the image needs, in GiB.}
   memory_gib: {type: int, required: true, description: "Memory in GiB; asked for while the engine does not run."}
   shm_size: {type: str, required: true, description: Size of /dev/shm in the container.}
-  weights_path: {type: str, required: true, description: Folder of the model.}
+  state_path: {type: str, required: true, description: Folder of releases, caches and builds.}
+  state_space_gib: {type: int, required: true, description: "Free space that folder needs, in GiB."}
   port: {type: int, required: true, description: TCP port that must be free or ours.}
   devices: {type: list, elements: str, required: true, description: Device nodes that must exist.}
   driver_paths: {type: list, elements: str, required: true, description: Driver files that must exist.}
@@ -47,7 +48,6 @@ author: [glm-ocr-ascend]
 
 RETURN = r"""
 findings: {type: list, elements: dict, returned: always, description: "id, severity, expected, found, fix, fix_zh"}
-message: {type: str, returned: always, description: The findings as text.}
 """
 
 EXAMPLES = r"""
@@ -59,7 +59,8 @@ EXAMPLES = r"""
     image_space_gib: 40
     memory_gib: 16
     shm_size: 1g
-    weights_path: /opt/atomgit/weights/GLM-OCR-bf16
+    state_path: /var/lib/glm-ocr
+    state_space_gib: 2
     port: 8000
     devices: [/dev/davinci0]
     driver_paths: [/usr/local/bin/npu-smi]
@@ -107,6 +108,13 @@ def read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
+
+
+def free_bytes(path: str) -> int:
+    """Free space where ``path`` is, or where it would be made."""
+    while not os.path.exists(path):
+        path = os.path.dirname(path)
+    return shutil.disk_usage(path).free
 
 
 # --- processes --------------------------------------------------------------------------------------------
@@ -178,7 +186,8 @@ def look_at_engine(arguments: Dict[str, Any]) -> Tuple[Optional[int], List[Findi
     if rc == 0:
         findings += host.check_architecture(image, architecture, os.uname().machine)
     elif os.path.isdir(store):
-        findings += host.check_space(image, store, shutil.disk_usage(store).free, arguments["image_space_gib"])
+        needed = arguments["image_space_gib"]
+        findings += host.check_space(image, store, free_bytes(store), needed, "ascend_host_image_space_gib")
 
     rc, output, _ = run([engine, "container", "inspect", name])
     container = json.loads(output)[0] if rc == 0 else {}
@@ -271,12 +280,9 @@ def look(arguments: Dict[str, Any]) -> List[Finding]:
     if own_pid is None:
         findings += host.check_host_memory(host.memory_bytes(meminfo, "MemAvailable"), arguments["memory_gib"])
     findings += host.check_shm(arguments["shm_size"], host.memory_bytes(meminfo, "MemTotal"))
-    weights = arguments["weights_path"]
-    findings += host.check_weights(
-        weights,
-        sorted(os.listdir(weights)) if os.path.isdir(weights) else None,
-        host.unmounted(read("/etc/fstab"), read("/proc/self/mounts"), os.path.realpath(weights)),
-    )
+    state, needed = arguments["state_path"], arguments["state_space_gib"]
+    what = "releases, caches and builds"
+    findings += host.check_space(what, state, free_bytes(state), needed, "ascend_host_state_space_gib")
     findings += host.check_port(arguments["port"], port_holders(arguments["port"]), own_pid)
     return findings
 
@@ -291,7 +297,8 @@ def main() -> None:
             "image_space_gib": {"type": "int", "required": True},
             "memory_gib": {"type": "int", "required": True},
             "shm_size": {"type": "str", "required": True},
-            "weights_path": {"type": "str", "required": True},
+            "state_path": {"type": "str", "required": True},
+            "state_space_gib": {"type": "int", "required": True},
             "port": {"type": "int", "required": True},
             "devices": {"type": "list", "elements": "str", "required": True},
             "driver_paths": {"type": "list", "elements": "str", "required": True},
@@ -304,7 +311,7 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    module.exit_json(changed=False, **as_result(look(module.params), "the machine"))
+    module.exit_json(changed=False, findings=as_data(look(module.params)))
 
 
 if __name__ == "__main__":

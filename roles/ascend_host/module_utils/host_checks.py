@@ -119,17 +119,18 @@ def check_container(name: str, labels: Optional[Mapping[str, Any]], engine: str)
     ]
 
 
-def check_space(image: str, path: str, free_bytes: int, needed_gib: int) -> List[Finding]:
+def check_space(what: str, path: str, free_bytes: int, needed_gib: int, variable: str) -> List[Finding]:
+    """``variable`` of the inventory says how much ``what`` needs."""
     free_gib = free_bytes / 2**30
     if free_gib >= needed_gib:
         return []
     return [
         Finding(
             "HOST_DISK",
-            f"{needed_gib} GiB free under {path} for {image}",
+            f"{needed_gib} GiB free under {path} for {what}",
             f"{free_gib:.1f} GiB",
-            f"free space (`df -h {path}`), or set ascend_host_image_space_gib if the image is smaller",
-            f"清理磁盘空间（`df -h {path}`）；若镜像更小，调整 ascend_host_image_space_gib",
+            f"free space (`df -h {path}`), or set {variable} if it needs less",
+            f"清理磁盘空间（`df -h {path}`）；若实际需要更少，调整 {variable}",
         )
     ]
 
@@ -199,46 +200,6 @@ def check_clock(host_epoch: float, controller_epoch: float, tolerance_seconds: i
             f"{abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}",
             "set the clock and keep it (`timedatectl set-ntp true`, `chronyc tracking`), here or on the controller",
             "校准时钟并保持同步（`timedatectl set-ntp true`、`chronyc tracking`），必要时检查控制端时钟",
-        )
-    ]
-
-
-def unmounted(fstab: str, mounts: str, path: str) -> List[str]:
-    """The mount points of /etc/fstab above ``path`` that /proc/mounts does not have (fstab(5): \\040 is a space)."""
-    mounted = {_mount_point(line) for line in mounts.splitlines()}
-    wanted = {_mount_point(line) for line in fstab.splitlines() if not line.lstrip().startswith("#")}
-    above = (point for point in wanted if point and (path + "/").startswith(point + "/"))
-    return sorted(point for point in above if point not in mounted)
-
-
-def _mount_point(line: str) -> str:
-    fields = line.split()
-    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1]).rstrip("/") if fields[1:] else ""
-
-
-def check_weights(path: str, names: Optional[List[str]], not_mounted: Sequence[str] = ()) -> List[Finding]:
-    """``names`` are the folder's entries, None when it is not a folder; ``not_mounted`` as ``unmounted`` gives it."""
-    missing = [name for name in ("config.json",) if name not in (names or [])]
-    if not any(name.endswith(".safetensors") for name in names or []):
-        missing.append("*.safetensors")
-    found = []
-    if names is None:
-        found.append("no such folder")
-    elif not names:
-        found.append("an empty folder: is its file system mounted?")
-    elif missing:
-        found.append("missing: " + ", ".join(missing))
-    found += [f"{point} of /etc/fstab is not mounted" for point in not_mounted]
-    if not found:
-        return []
-    mount = "".join(f"`mount {point}`, " for point in not_mounted)
-    return [
-        Finding(
-            "HOST_WEIGHTS",
-            f"the model in {path} (config.json and *.safetensors), its file system mounted",
-            "; ".join(found),
-            f"{mount}put the weights there (`ls {path}`), or correct glm_ocr_weights_path",
-            f"{mount}将权重放到该目录（`ls {path}`），或修正 glm_ocr_weights_path",
         )
     ]
 

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import tempfile
-from typing import Any, Dict, Optional
+from datetime import datetime, timezone
+from typing import Any, Dict, Iterator, Optional, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -35,6 +38,7 @@ EXAMPLES = r"""
 """
 
 IDENTITY = ("machine", "pid", "started")
+TOLD = (*IDENTITY, "who", "since")
 
 
 def same(one: Dict[str, Any], other: Optional[Dict[str, Any]]) -> bool:
@@ -42,25 +46,64 @@ def same(one: Dict[str, Any], other: Optional[Dict[str, Any]]) -> bool:
 
 
 def holder_of(path: str) -> Dict[str, Any]:
+    """Who holds the lock, empty for nobody.  A file that does not tell is held by someone unknown, never by nobody."""
     try:
         with open(path, encoding="utf-8") as file:
-            return dict(json.load(file))
+            text, status = file.read(), os.fstat(file.fileno())
     except FileNotFoundError:
         return {}
-
-
-def take(path: str, holder: Dict[str, Any]) -> bool:
-    """Whether nobody held it.  A hard link is made or refused as a whole, also between two hosts' processes."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+    except UnicodeDecodeError:
+        text, status = "", os.stat(path)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(holder, file)
-        os.link(temporary, path)
-        return True
-    except FileExistsError:
-        return False
+        holder = dict(json.loads(text))
+        if all(name in holder for name in TOLD) and str(holder["pid"]).isdigit():
+            return holder
+    except (ValueError, TypeError):
+        pass
+    since = datetime.fromtimestamp(status.st_mtime, timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    who = f"someone whom {path} does not name (it is no lock of this project)"
+    return {"who": who, "since": since, "machine": "unknown", "pid": 0, "started": str(status.st_mtime_ns)}
+
+
+@contextlib.contextmanager
+def alone(path: str) -> Iterator[None]:
+    """No other process of this module reads or writes the lock meanwhile."""
+    handle = os.open(os.path.dirname(path), os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
-        os.unlink(temporary)
+        os.close(handle)
+
+
+def write(path: str, holder: Dict[str, Any]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        json.dump(holder, file)
+    os.replace(temporary, path)
+
+
+def take(
+    path: str, holder: Dict[str, Any], replaced: Optional[Dict[str, Any]] = None, check_mode: bool = False
+) -> Tuple[bool, Dict[str, Any]]:
+    """Whether ``holder`` holds the lock now, or could in check mode; and who held it before."""
+    with alone(path):
+        found = holder_of(path)
+        if same(holder, found):
+            return True, found
+        free = not found or (same(found, replaced) and not check_mode)
+        if free and not check_mode:
+            write(path, holder)
+        return free, found
+
+
+def give_back(path: str, holder: Dict[str, Any], check_mode: bool = False) -> Dict[str, Any]:
+    """Who held the lock; the lock of another stays."""
+    with alone(path):
+        found = holder_of(path)
+        if same(holder, found) and not check_mode:
+            os.unlink(path)
+        return found
 
 
 def main() -> None:
@@ -73,19 +116,11 @@ def main() -> None:
         },
         supports_check_mode=True,
     )
-    path, holder, replaced = (module.params[name] for name in ("path", "holder", "replaced"))
-    found = holder_of(path)
-    ours = same(holder, found)
+    path, holder, check_mode = module.params["path"], module.params["holder"], module.check_mode
     if module.params["state"] == "absent":
-        if ours and not module.check_mode:
-            os.unlink(path)
-        held = False
-    elif module.check_mode:
-        held = not found or ours
+        held, found = False, give_back(path, holder, check_mode)
     else:
-        if found and not ours and same(found, replaced):
-            os.unlink(path)
-        held = ours or take(path, holder)
+        held, found = take(path, holder, module.params["replaced"], check_mode)
     # Who works on a host is no change of it.
     module.exit_json(changed=False, held=held, found=found)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
 ERROR = "error"
 WARNING = "warning"
@@ -16,7 +16,7 @@ CATALOGUE: Dict[str, str] = {
     "HOST_ENGINE": "the container engine and its version",
     "HOST_CONTAINER": "a container of someone else with our name",
     "HOST_PORT": "the port of the service",
-    "HOST_DISK": "space for the image",
+    "HOST_DISK": "space for the image, and for releases, caches and builds",
     "HOST_MEMORY": "memory for the engine",
     "HOST_SHM": "the size of /dev/shm in the container",
     "HOST_CLOCK": "the clock, against the controller's",
@@ -35,6 +35,7 @@ CATALOGUE: Dict[str, str] = {
     "NPU_MEMORY": "free device memory, against what the engine reserves",
     "NPU_VISIBLE": "ASCEND_RT_VISIBLE_DEVICES, against the mapped devices",
     "NPU_IDLE": "a mapped NPU the engine does not use",
+    "WEIGHTS_DISK": "space for weights that are not there yet",
     "WEIGHTS_CONFIG": "the model's config.json",
     "WEIGHTS_FORMAT": "the format of the weights",
     "WEIGHTS_DAMAGED": "damaged or truncated weights",
@@ -81,9 +82,6 @@ class Finding:
             raise ValueError(f"not a finding: {self.id} ({self.severity})")
 
 
-def as_result(findings: Sequence[Finding], subject: str) -> Dict[str, Any]:
-    """The part of a module's result that tells its findings, as data and as text."""
-    lines = [f"{len(findings)} finding(s) about {subject}; nothing was changed on this host."]
-    for f in findings:
-        lines.append(f"[{f.id}] {f.severity}: expected {f.expected}; found {f.found}. Fix: {f.fix} 处理：{f.fix_zh}")
-    return {"findings": [asdict(finding) for finding in findings], "message": "\n".join(lines)}
+def as_data(findings: Sequence[Finding]) -> List[Dict[str, Any]]:
+    """The findings as a module returns them; the filter finding_text makes them text."""
+    return [asdict(finding) for finding in findings]

@@ -22,6 +22,9 @@ PUBLISHED = ("ascend_host_findings", "vllm_weights_findings")
 COLUMNS = {"host": 12, "severity": 8, "id": 19, "expected": 32, "found": 32, "fix": 40}
 ORDER = ("error", "warning")
 
+#: Where every id is explained, in this project.
+RUNBOOK, RUNBOOK_ZH = "docs/runbooks/findings.md", "docs/runbooks/zh/findings.md"
+
 UNREACHABLE = {
     "id": "HOST_UNREACHABLE",
     "severity": "error",
@@ -72,6 +75,7 @@ def merge(
             for host in hosts
         ],
         "findings": findings,
+        "runbook": RUNBOOK,
     }
 
 
@@ -79,14 +83,7 @@ def findings_of(facts: Mapping[str, Any]) -> list[dict[str, Any]] | None:
     """What the roles published for a host, None when it was not checked."""
     if PUBLISHED[0] not in facts:
         return None
-    findings = [dict(finding) for name in PUBLISHED if name in facts for finding in facts[name]]
-    # Two roles look for the folder; its absence is told once.
-    told = any(finding["id"] == "HOST_WEIGHTS" for finding in findings)
-    return [
-        finding
-        for finding in findings
-        if not (told and finding["found"] == "no such folder" and finding["id"] == "WEIGHTS_CONFIG")
-    ]
+    return [dict(finding) for name in PUBLISHED if name in facts for finding in facts[name]]
 
 
 def started_at(run: str) -> str | None:
@@ -108,7 +105,7 @@ def table(report: Mapping[str, Any]) -> str:
     rule = "-+-".join("-" * width for width in COLUMNS.values())
     rows = [row({name: name.upper() for name in COLUMNS})]
     rows += [row(finding) for finding in report["findings"]]
-    return f"\n{rule}\n".join(rows)
+    return f"\n{rule}\n".join([*rows, f"Each id is explained in {RUNBOOK}, in Chinese in {RUNBOOK_ZH}."])
 
 
 def row(cells: Mapping[str, Any]) -> str:
@@ -119,18 +116,11 @@ def row(cells: Mapping[str, Any]) -> str:
     return "\n".join(" | ".join(line).rstrip() for line in padded)
 
 
-def message(report: Mapping[str, Any], active: Sequence[str]) -> str:
-    """Every error of a host that is still in the play, whole, with its fix in both languages; empty without one."""
-    paragraphs = []
-    for host in active:
-        errors = [f for f in report["findings"] if f["host"] == host and f["severity"] == "error"]
-        if errors:
-            paragraphs.append(f"{host}: {len(errors)} finding(s) stand in the way; nothing was changed.")
-        paragraphs += [
-            f"[{f['id']}] expected {f['expected']}; found {f['found']}.\n  Fix: {f['fix']}\n  修复：{f['fix_zh']}"
-            for f in errors
-        ]
-    return "\n".join(paragraphs)
+def errors_of(report: Mapping[str, Any], active: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """The errors of every host that is still in the play and has some."""
+    errors = [finding for finding in report["findings"] if finding["severity"] == "error"]
+    by_host = {host: [finding for finding in errors if finding["host"] == host] for host in active}
+    return {host: found for host, found in by_host.items() if found}
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
@@ -142,7 +132,7 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 class ActionModule(ActionBase):  # type: ignore[misc]  # ansible ships no types
-    """Returns ``table``, ``message`` (empty: nothing stops the play), ``verdict`` and ``path``; never changed."""
+    """Returns ``table``, ``errors`` by host, ``problem`` of the report itself, ``verdict``, ``path``; never changed."""
 
     _requires_connection = False
 
@@ -157,20 +147,20 @@ class ActionModule(ActionBase):  # type: ignore[misc]  # ansible ships no types
         active = variables["ansible_play_hosts"]
         published = {host: findings_of(variables["hostvars"][host]) for host in variables["ansible_play_hosts_all"]}
         report = merge(arguments["run"], active, published)
-        problems = [message(report, active)]
-        path = arguments["dest"]
+        path, problem = arguments["dest"], ""
         if self._task.check_mode:
             path = "not written in check mode"
         else:
             try:
                 write(Path(path), report)
             except OSError as error:
-                problems.append(f"The report cannot be written: {error}. Fix: correct preflight_report_dir.")
+                problem = f"The report cannot be written: {error}. Fix: correct preflight_report_dir."
                 path = "not written"
         return {
             "changed": False,
             "verdict": report["verdict"],
             "path": path,
             "table": table(report),
-            "message": "\n".join(filter(None, problems)),
+            "errors": errors_of(report, active),
+            "problem": problem,
         }

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.findings import Finding, as_result
+from ansible.module_utils.findings import Finding, as_data
 from ansible.module_utils.safetensors_header import promised_size
 from ansible.module_utils.weights_manifest import (
     PICKLE,
@@ -25,6 +27,7 @@ from ansible.module_utils.weights_manifest import (
     recall,
     remember,
     render,
+    room_bytes,
 )
 
 DOCUMENTATION = r"""
@@ -45,13 +48,13 @@ options:
     description:
       - C(remembered) reads no file; C(listed) reads what the manifest lists, C(all) reads every file, except what is
         remembered.
+  partial: {type: str, default: "", description: Where a fetch lets the model grow; what is there counts as room.}
   memory: {type: str, default: "", description: File that remembers hashes; empty remembers nothing.}
 author: [glm-ocr-ascend]
 """
 
 RETURN = r"""
 findings: {type: list, elements: dict, returned: always, description: "id, expected, found, fix, fix_zh, severity"}
-message: {type: str, returned: always, description: The findings as text.}
 fingerprint: {type: str, returned: always, description: "What identifies the weights: changes when they do"}
 files: {type: str, returned: always, description: "SHA-256 over names, sizes and times of what the engine could load"}
 manifest_sha256: {type: str, returned: always, description: "SHA-256 of the manifest's text, empty without one"}
@@ -74,6 +77,62 @@ EXAMPLES = r"""
 
 MAKE = "ansible-playbook playbooks/weights_manifest.yml -l HOST"
 REPLACE = f"{MAKE} -e vllm_weights_manifest_replace=true"
+
+
+def unmounted(fstab: str, mounts: str, path: str) -> List[str]:
+    """The mount points of /etc/fstab above ``path`` that /proc/mounts does not have (fstab(5): \\040 is a space)."""
+    mounted = {_mount_point(line) for line in mounts.splitlines()}
+    wanted = {_mount_point(line) for line in fstab.splitlines() if not line.lstrip().startswith("#")}
+    above = (point for point in wanted if point and (path + "/").startswith(point + "/"))
+    return sorted(point for point in above if point not in mounted)
+
+
+def _mount_point(line: str) -> str:
+    fields = line.split()
+    return re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), fields[1]).rstrip("/") if fields[1:] else ""
+
+
+def text_of(path: str) -> str:
+    """The text of a file, empty when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def check_folder(folder: Path, empty: bool, not_mounted: Sequence[str]) -> List[Finding]:
+    """``not_mounted`` as ``unmounted`` gives it: what lies below an absent mount is not the model."""
+    found = [] if folder.is_dir() and not empty else ["an empty folder" if folder.is_dir() else "no such folder"]
+    found += [f"{point} of /etc/fstab is not mounted" for point in not_mounted]
+    if not found:
+        return []
+    mount = "".join(f"`mount {point}`, " for point in not_mounted)
+    fetch = "`ansible-playbook playbooks/weights_fetch.yml -l HOST`"
+    return [
+        Finding(
+            "HOST_WEIGHTS",
+            f"the model in {folder}, its file system mounted",
+            "; ".join(found),
+            f"{mount}put the weights there (`ls {folder}`) or fetch them ({fetch}), or correct glm_ocr_weights_path",
+            f"{mount}将权重放到该目录（`ls {folder}`）或获取（{fetch}），或修正 glm_ocr_weights_path",
+        )
+    ]
+
+
+def check_room(folder: Path, manifest: Mapping[str, Entry], room: int) -> List[Finding]:
+    """Whether ``room`` bytes are enough for a model that is not there; a size that no manifest tells counts as 0."""
+    needed = sum(entry.size or 0 for entry in manifest.values())
+    if needed <= room:
+        return []
+    return [
+        Finding(
+            "WEIGHTS_DISK",
+            f"{needed / 1e9:.1f} GB free for the model, as its manifest says, at {folder}",
+            f"{room / 1e9:.1f} GB",
+            f"free space (`df -h {folder.parent}`), or set glm_ocr_weights_path to a larger disk",
+            f"清理磁盘空间（`df -h {folder.parent}`），或将 glm_ocr_weights_path 指向更大的磁盘",
+        )
+    ]
 
 
 def check_config(folder: Path, architecture: str) -> List[Finding]:
@@ -126,7 +185,10 @@ def check_tensors(folder: Path, files: Mapping[str, Identity]) -> List[Finding]:
 def check_formats(
     folder: Path, files: Mapping[str, Identity], trust_remote_code: bool, has_manifest: bool
 ) -> List[Finding]:
-    """Files that run code when they are loaded: pickles never, Python only where it was asked for."""
+    """Files that run code when they are loaded: pickles never, Python only where it is trusted and a manifest lists it.
+
+    ``has_manifest`` also when one is being made.
+    """
     findings = [
         Finding(
             "WEIGHTS_PICKLE",
@@ -150,14 +212,14 @@ def check_formats(
             )
         )
     elif code and not has_manifest:
+        listing = f"`{MAKE} -e glm_ocr_weights_path={folder}`"
         findings.append(
             Finding(
                 "WEIGHTS_CODE",
                 "*.py files that a manifest lists",
                 f"no manifest, and {', '.join(code)}, which the engine may run",
-                f"review them and make a manifest: {MAKE}",
-                f"审阅这些文件并生成清单：{MAKE}",
-                "warning",
+                f"review them and make a manifest, then set vllm_weights_manifest: {listing}",
+                f"审阅这些文件并生成清单，然后设置 vllm_weights_manifest：{listing}",
             )
         )
     return findings
@@ -229,12 +291,12 @@ def examine(options: Mapping[str, Any], may_remember: bool) -> Tuple[List[Findin
             findings.append(unreadable(options["manifest_name"], error))
     else:
         findings.append(unverified())
-    if not folder.is_dir():
-        fix = "correct glm_ocr_weights_path, or fetch the model: playbooks/weights_fetch.yml"
-        fix_zh = "改正 glm_ocr_weights_path，或获取模型：playbooks/weights_fetch.yml"
-        findings.append(Finding("WEIGHTS_CONFIG", f"the model in {folder}", "no such folder", fix, fix_zh))
-
     files, problems = list_files(folder)
+    there = bool(files or problems)
+    not_mounted = unmounted(text_of("/etc/fstab"), text_of("/proc/self/mounts"), os.path.realpath(folder))
+    findings += check_folder(folder, not there, not_mounted)
+    if not there and not not_mounted:
+        findings += check_room(folder, manifest, room_bytes(Path(options["partial"] or folder)))
     hashes = recall(memory, files) if memory else {}
     result["remembered"] = len(hashes)
     wanted = {"remembered": [], "listed": manifest, "all": [name for name in files if not is_hidden(name)]}
@@ -252,11 +314,13 @@ def examine(options: Mapping[str, Any], may_remember: bool) -> Tuple[List[Findin
 
     problems.update(unreadable_files)
     problems = {name: problem for name, problem in problems.items() if is_loadable(name) or name in manifest}
-    if folder.is_dir():
+    if there:
         findings += damaged(folder, problems)
         findings += check_config(folder, options["architecture"])
         findings += check_tensors(folder, files)
-        findings += check_formats(folder, files, options["trust_remote_code"], bool(manifest))
+        findings += check_formats(
+            folder, files, options["trust_remote_code"], bool(manifest) or options["hash"] == "all"
+        )
         readable = {name: entry for name, entry in manifest.items() if name not in problems}
         if manifest:
             findings += check_manifest(folder, files, hashes, readable, options["manifest_name"])
@@ -276,6 +340,7 @@ def main() -> None:
             "manifest_name": {"type": "str", "default": ""},
             "manifest": {"type": "str", "default": ""},
             "hash": {"type": "str", "choices": ["remembered", "listed", "all"], "default": "remembered"},
+            "partial": {"type": "str", "default": ""},
             "memory": {"type": "str", "default": ""},
         },
         supports_check_mode=True,
@@ -283,7 +348,7 @@ def main() -> None:
     findings, result = examine(module.params, may_remember=not module.check_mode)
     for warning in result.pop("warnings"):
         module.warn(warning)
-    module.exit_json(changed=False, **result, **as_result(findings, "the weights"))
+    module.exit_json(changed=False, **result, findings=as_data(findings))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import List
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.weights_manifest import is_hidden
+from ansible.module_utils.weights_manifest import is_hidden, room_bytes
 
 DOCUMENTATION = r"""
 module: vllm_weights_fetch
@@ -23,6 +23,7 @@ options:
   partial: {type: path, required: true, description: Folder to fill; created when absent.}
   command: {type: list, elements: str, description: Client that fills it and resumes by itself.}
   folder: {type: path, description: Folder of the host to copy from; hidden files are left out.}
+  bytes: {type: int, default: 0, description: "Size of the model where it is known; a folder's own is measured."}
 author: [glm-ocr-ascend]
 """
 
@@ -61,17 +62,39 @@ def copy_file(source: Path, target: Path) -> None:
     os.utime(str(target), ns=(wanted.st_mtime_ns, wanted.st_mtime_ns))
 
 
+def files_of(source: Path) -> List[Path]:
+    """The files to copy, relative to ``source``.  Raises ``FetchError`` when it is no folder."""
+    if not source.is_dir():
+        raise FetchError(f"expected the model in {source} on this host, found no such folder; is the disk mounted?")
+    walked = os.walk(source, followlinks=True)
+    found = [(Path(parent) / name).relative_to(source) for parent, _, names in walked for name in names]
+    return [relative for relative in found if not is_hidden(str(relative))]
+
+
+def size_of(source: Path) -> int:
+    """Bytes to copy.  Raises ``FetchError`` when they cannot be told."""
+    try:
+        return sum((source / relative).stat().st_size for relative in files_of(source))
+    except OSError as error:
+        raise FetchError(str(error)) from error
+
+
+def expect_room(partial: Path, needed: int) -> None:
+    """Raises ``FetchError`` when the disk cannot hold ``needed`` bytes, nothing fetched yet."""
+    room = room_bytes(partial)
+    if needed > room:
+        raise FetchError(
+            f"[WEIGHTS_DISK] expected {needed / 1e9:.1f} GB free for the model at {partial}; found {room / 1e9:.1f} GB"
+            f" (`df -h {partial.parent}`)"
+        )
+
+
 def copy_folder(source: Path, target: Path) -> None:
     """Raises ``FetchError`` when a file cannot be read or written."""
     try:
-        if not source.is_dir():
-            raise FetchError(f"expected the model in {source} on this host, found no such folder; is the disk mounted?")
-        for parent, _, names in os.walk(source, followlinks=True):
-            for name in names:
-                relative = (Path(parent) / name).relative_to(source)
-                if not is_hidden(str(relative)):
-                    (target / relative).parent.mkdir(parents=True, exist_ok=True)
-                    copy_file(source / relative, target / relative)
+        for relative in files_of(source):
+            (target / relative).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(source / relative, target / relative)
     except OSError as error:
         raise FetchError(str(error)) from error
 
@@ -92,7 +115,8 @@ def run(command: List[str]) -> str:
     return output
 
 
-def fetch(partial: Path, command: List[str], folder: str) -> str:
+def fetch(partial: Path, command: List[str], folder: str, known_bytes: int = 0) -> str:
+    expect_room(partial, max(known_bytes, 0 if command else size_of(Path(folder))))
     partial.mkdir(mode=0o755, parents=True, exist_ok=True)
     handle = os.open(str(partial), os.O_RDONLY)
     try:
@@ -113,12 +137,14 @@ def main() -> None:
             "partial": {"type": "path", "required": True},
             "command": {"type": "list", "elements": "str"},
             "folder": {"type": "path"},
+            "bytes": {"type": "int", "default": 0},
         },
         mutually_exclusive=[("command", "folder")],
         required_one_of=[("command", "folder")],
     )
+    partial, command, folder, size = (module.params[name] for name in ("partial", "command", "folder", "bytes"))
     try:
-        output = fetch(Path(module.params["partial"]), module.params["command"] or [], module.params["folder"] or "")
+        output = fetch(Path(partial), command or [], folder or "", size)
     except FetchError as error:
         module.fail_json(msg=str(error))
     module.exit_json(changed=True, output=output)

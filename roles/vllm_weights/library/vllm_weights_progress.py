@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from pathlib import Path
 
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.weights_manifest import bytes_on_disk
 
 DOCUMENTATION = r"""
 module: vllm_weights_progress
@@ -43,19 +43,6 @@ def has_ended(results_file: Path) -> bool:
         return False
     except OSError:  # gone: async_status will say so
         return True
-
-
-def bytes_on_disk(folder: Path) -> int:
-    """Hidden files too, where download clients keep what is not complete; sparse parts do not count."""
-    total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            try:
-                status = (Path(parent) / name).lstat()
-            except OSError:  # renamed meanwhile
-                continue
-            total += min(status.st_size, status.st_blocks * 512)
-    return total
 
 
 def wait(results_file: Path, seconds: float) -> bool:

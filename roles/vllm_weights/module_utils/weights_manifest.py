@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
@@ -120,6 +121,30 @@ def fingerprint(files: Mapping[str, Identity]) -> str:
     """SHA-256 over name, size and modification time of every file."""
     rows = sorted((name, file.size, file.mtime_ns) for name, file in files.items())
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+# --- space ------------------------------------------------------------------------------------------------
+
+
+def bytes_on_disk(folder: Path) -> int:
+    """Hidden files too, where download clients keep what is not complete; sparse parts do not count."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                status = (Path(parent) / name).lstat()
+            except OSError:  # renamed meanwhile
+                continue
+            total += min(status.st_size, status.st_blocks * 512)
+    return total
+
+
+def room_bytes(partial: Path) -> int:
+    """Bytes that a model in ``partial`` may have: what is free where it is or will be, and what it has already."""
+    place = partial
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(str(place)).free + bytes_on_disk(partial)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------
