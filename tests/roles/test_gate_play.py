@@ -11,6 +11,7 @@ from local_play import LocalPlay
 from playing import installed_scripts
 
 GATE: dict[str, Any] = {"ansible.builtin.include_role": {"name": "ocr_smoke", "tasks_from": "gate"}}
+RELEASE = {"ocr_smoke_release": "0123"}
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def play(tmp_path: Path) -> LocalPlay:
 
 
 def test_the_gate_asks_the_release_that_runs(play: LocalPlay) -> None:
-    proven = GATE | {"vars": {"ocr_smoke_model": "another", "ocr_smoke_base_url": "http://127.0.0.1:1"}}
+    proven = GATE | {"vars": RELEASE | {"ocr_smoke_model": "another", "ocr_smoke_base_url": "http://127.0.0.1:1"}}
     passed = play.run(proven, glm_ocr_run="now")
     assert passed.rc == 0, passed.stdout
     (call,) = play.calls("run")
@@ -31,11 +32,12 @@ def test_the_gate_asks_the_release_that_runs(play: LocalPlay) -> None:
         arguments[:image]
     )
     assert arguments[image + 1 : image + 4] == ["/scripts/smoke.py", "--base-url=http://127.0.0.1:1", "--model=another"]
+    assert arguments[-1] == "--output=/reports/ocr_smoke.0123.json"
 
 
 @pytest.mark.parametrize("status", [1, 125])
 def test_a_service_that_does_not_read_is_refused(status: int, play: LocalPlay) -> None:
     (play.folder / "status").write_text(str(status))
-    refused = play.run(GATE, glm_ocr_run="now")
+    refused = play.run(GATE | {"vars": RELEASE}, glm_ocr_run="now")
     assert refused.rc != 0
     assert ("The smoke did not pass" in refused.stdout) == (status == 1), "125 is the container engine's own failure"
