@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from testinfra.host import Host
 
-from lab import STATE, THREE_NODES, Controller, Play, Played, chat, lab_node, node_named, release
+from lab import STATE, THREE_NODES, Controller, Play, Played, chat, extra_flags, lab_node, node_named, release
 
 pytestmark = pytest.mark.usefixtures("restored")
 
@@ -38,8 +40,12 @@ def test_a_bad_image_stops_at_the_first_host(
 
 
 def test_a_host_lost_halfway_harms_no_other_and_a_rerun_resumes(others: list[Host], node: Host, play: Play) -> None:
-    second, third = others
-    controller = Controller("-e", '{"glm_ocr_rollout_batches": [3]}', inventories=THREE_NODES)
+    lost = others[-1]
+    before = release(node)
+    # Both have something to do: the first another release, the one that is lost its first.
+    wanted = {"glm_ocr_rollout_batches": [2], "vllm_service_extra_flags": extra_flags(max_num_seqs=12)}
+    two: dict[str, Any] = {"inventories": THREE_NODES, "limit": "node1:node3"}
+    controller = Controller("-e", json.dumps(wanted), **two)
     controller.reaches("vllm_image : Pull")
     lab_node("cut", "node3")
     try:
@@ -48,10 +54,11 @@ def test_a_host_lost_halfway_harms_no_other_and_a_rerun_resumes(others: list[Hos
         lab_node("join", "node3")
     assert controller.process.returncode != 0
     assert "node3" in output.split("PLAY RECAP")[-1]
-    assert second.service("glm-ocr").is_running
-    assert not third.service("glm-ocr").is_running
-    rerun = play("deploy.yml", inventories=THREE_NODES)
+    assert release(node) != before
+    assert node.service("glm-ocr").is_running
+    assert not lost.service("glm-ocr").is_running
+    rerun = play("deploy.yml", **two, **wanted)
     assert rerun.rc == 0, rerun.failures
-    assert third.service("glm-ocr").is_running
-    again = play("deploy.yml", inventories=THREE_NODES)
+    assert lost.service("glm-ocr").is_running
+    again = play("deploy.yml", **two, **wanted)
     assert (again.rc, again.changed) == (0, 0), again.failures
