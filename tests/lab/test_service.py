@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 
 import pytest
 import requests
+from testinfra.backend.base import CommandResult
 from testinfra.host import Host
 
 import ocr_lines
 from lab import WEIGHTS, Played, chat, latest_report
 from text_metrics import character_error_rate
+
+SCRIPTS = "/usr/local/lib/glm-ocr/scripts"
 
 
 def test_the_deployment_validates_with_pass(deployed: Played) -> None:
@@ -69,6 +73,15 @@ def test_an_image_is_read(font: str, service: Host, url: str) -> None:
     assert rate <= 0.02, list(zip(truths, readings, strict=True))
 
 
+def in_the_image(node: Host, command: str) -> CommandResult:
+    """A command in an empty folder of a container of the serving image, as somebody there would type it."""
+    image = node.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
+    return node.run(
+        f"docker run --rm --network host --entrypoint bash --volume {SCRIPTS}:{SCRIPTS}:ro"
+        f" --volume {WEIGHTS}:{WEIGHTS}:ro {image} -c {shlex.quote(f'cd $(mktemp -d) && {command}')}"
+    )
+
+
 @pytest.mark.parametrize(("arguments", "expected"), [("", None), ("--image test.png", "HELLO 42")])
 @pytest.mark.parametrize(
     "mode",
@@ -78,15 +91,36 @@ def test_an_image_is_read(font: str, service: Host, url: str) -> None:
     ],
 )
 def test_inference_as_the_seed_types_it(mode: str, arguments: str, expected: str | None, service: Host) -> None:
-    scripts = "/usr/local/lib/glm-ocr/scripts"
-    image = service.check_output("docker container inspect --format '{{.Image}}' glm-ocr")
     draw = "import ocr_lines as l; l.render('HELLO 42', 'dejavu-sans-mono').save('test.png')"
-    inside = (
-        f'cd /tmp && PYTHONPATH={scripts} python -c "{draw}" && ln -s {scripts}/inference.py'
-        f' && python inference.py {mode} {arguments} --prompt "Text Recognition:"'
-    )
-    answer = service.check_output(
-        f"docker run --rm --network host --entrypoint bash --volume {scripts}:{scripts}:ro"
-        f" --volume {WEIGHTS}:{WEIGHTS}:ro {image} -c {shlex.quote(inside)}"
-    )
+    answer = in_the_image(
+        service,
+        f'PYTHONPATH={SCRIPTS} python -c "{draw}" && ln -s {SCRIPTS}/inference.py'
+        f' && python inference.py {mode} {arguments} --prompt "Text Recognition:"',
+    ).stdout.strip()
     assert answer == expected if expected else answer
+
+
+def test_the_benchmark_as_the_seed_types_it(service: Host) -> None:
+    done = in_the_image(
+        service,
+        f"ln -s {SCRIPTS} scripts && python scripts/bench_perf.py --url http://localhost:8000/v1/chat/completions"
+        " --model glm-ocr --max-tokens 128 --latency-iters 5 --throughput-requests 10 --throughput-concurrency 2",
+    )
+    assert done.rc == 0, done.stderr
+    figures = r"(?s)Latency mean +\d+\.\d+ ms.*Latency p99 .*Throughput +\d+\.\d+ req/s.*Token throughput +\d+\.\d+ tok"
+    assert re.search(figures, done.stdout), done.stdout
+
+
+def test_the_accuracy_as_the_seed_types_it_needs_an_npu_and_says_so(service: Host) -> None:
+    command = (
+        f"ln -s {SCRIPTS} scripts && python scripts/eval_accuracy.py --model {WEIGHTS} --output accuracy_result.json"
+    )
+    done = in_the_image(service, f"{command}; status=$?; cat accuracy_result.json >&2; exit $status")
+    assert done.rc == 2
+    assert "npu" in done.stdout
+    assert json.loads(done.stderr[done.stderr.index("{\n") :])["verdict"] == "ERROR"
+
+    on_the_cpu = in_the_image(service, f"{command} --device cpu --images 2 --scale 1")
+    assert on_the_cpu.rc == 0, on_the_cpu.stdout
+    for figure in ("max_abs_error", "mean_abs_error", "relative_error", "cosine_similarity", "threshold"):
+        assert figure in on_the_cpu.stdout, on_the_cpu.stdout
