@@ -70,14 +70,21 @@ def row(told: dict[str, Any], host: str) -> list[str]:
 
 def test_a_host_that_runs_what_is_wanted(tmp_path: Path) -> None:
     (tmp_path / "npu" / "latest").mkdir(parents=True)
-    validated = {"verdict": "PASS", "run": "r0", "finished_at": "2026-01-02T04:05:06.789+00:00", "more": 1}
+    validated = {
+        "verdict": "PASS",
+        "run": "r0",
+        "finished_at": "2026-01-02T04:05:06.789+00:00",
+        "stages": {"ocr_smoke": None},
+        "more": 1,
+    }
     (tmp_path / "npu" / "latest" / "report.json").write_text(json.dumps(validated))
     told = report(tmp_path, npu=STATUS)
     (host,) = told["hosts"]
     assert host["runs_wanted"] is True
     assert (host["service"]["since"], host["service"]["restarts"]) == ("2026-01-02T03:04:05Z", 2)
     assert host["kept"][0] == {"id": "aaaa", "good_at": "2026-01-02T03:04:05Z", **RECORD}
-    assert host["last_validation"] == {name: validated[name] for name in ("verdict", "run", "finished_at")}
+    expected = {name: validated[name] for name in ("verdict", "run", "finished_at")}
+    assert host["last_validation"] == expected | {"stages": ["ocr_smoke"]}
     assert row(told, "npu") == [
         *("npu", "active (running)", "2026-01-02 03:04:05", "2", "aaaa", "as it runs", "as it runs"),
         "PASS 2026-01-02 04:05:06",

@@ -13,6 +13,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import yaml
 
 import eval_accuracy
 import merge_report
@@ -21,6 +22,7 @@ import report_page
 import report_plots
 import stage_results
 from html_page import checked_page
+from rendering import ROLES
 from stage_results import DEPLOYMENT, smoke_stage
 
 SCHEMAS = report_files.SCHEMAS
@@ -529,3 +531,8 @@ def test_every_text_is_translated(full: Run, made: dict[str, Any], monkeypatch: 
     for text, translation in messages.items():
         assert set(re.findall(r"{\w*}", text)) == set(re.findall(r"{\w*}", translation)), text
     assert all(reason in Path(report_page.__file__).read_text() for reason in reasons)
+
+
+def test_the_report_knows_every_stage_there_is() -> None:
+    known = yaml.safe_load((ROLES / "glm_ocr" / "vars" / "main.yml").read_text())["__glm_ocr_known_stages"]
+    assert set(known) == set(merge_report.STAGE_SCHEMAS)

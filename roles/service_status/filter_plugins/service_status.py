@@ -81,7 +81,8 @@ def last_validation(folder: Path) -> dict[str, Any] | None:
     """What the newest report in ``folder`` says; None when there is none that can be read."""
     try:
         report = json.loads((folder / "latest" / "report.json").read_text(encoding="utf-8"))
-        return {name: report[name] for name in ("verdict", "run", "finished_at")}
+        told = {name: report[name] for name in ("verdict", "run", "finished_at")}
+        return told | {"stages": list(report["stages"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -134,6 +135,8 @@ def below(host: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("image", host["image_id"]))
     if host["installed"] and host["installed"] != host["running"]:
         lines.append(("installed", host["installed"]))
+    if host["last_validation"]:
+        lines.append(("validated", ", ".join(host["last_validation"]["stages"])))
     for release in host["kept"]:
         good = f"good {moment(release['good_at'])}" if release["good_at"] else "never found good"
         lines.append(("kept", f"{release['id']}  {good}  {release['image'] or ''}".rstrip()))
