@@ -85,6 +85,8 @@ def test_a_host_that_runs_what_is_wanted(tmp_path: Path) -> None:
     assert host["kept"][0] == {"id": "aaaa", "good_at": "2026-01-02T03:04:05Z", **RECORD}
     expected = {name: validated[name] for name in ("verdict", "run", "finished_at")}
     assert host["last_validation"] == expected | {"stages": ["ocr_smoke"]}
+    # A verdict says what it is on: a deployment's is on the smoke alone.
+    assert "validated ocr_smoke" in service_status.status_table(told)
     assert row(told, "npu") == [
         *("npu", "active (running)", "2026-01-02 03:04:05", "2", "aaaa", "as it runs", "as it runs"),
         "PASS 2026-01-02 04:05:06",
