@@ -18,13 +18,16 @@ from __future__ import annotations
 
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from bench_client import Exchange, Run
 
 PERCENTILES = (50, 90, 95, 99)
+BLOCKS = 10  # of the steady part of a load
 RESAMPLED_VALUES = 400_000  # work limit of one bootstrap
 CLIENT_BUSY = 0.5  # of one core: above it, the client's own ceiling is under twice the load
 SLO_METRICS = ("ttft", "tpot", "e2e")
@@ -129,15 +132,19 @@ def inflight_peak(exchanges: Sequence[Exchange]) -> int:
     return peak
 
 
-def steady(good: Sequence[Exchange], run: Run, concurrency: int) -> dict[str, Any] | None:
-    """Throughput without run-in and run-out: between the last of the first ``concurrency`` ends and the last send.
-
-    None when fewer than ``2 * concurrency`` requests ended in there.
-    """
+def steady_window(run: Run, concurrency: int) -> tuple[float, float] | None:
+    """Without run-in and run-out: between the last of the first ``concurrency`` ends and the last send."""
     ends = sorted(exchange.done or 0.0 for exchange in run.exchanges)
     if len(ends) <= concurrency:
         return None
-    begin, end = ends[concurrency - 1], max(exchange.sent or 0.0 for exchange in run.exchanges)
+    return ends[concurrency - 1], max(exchange.sent or 0.0 for exchange in run.exchanges)
+
+
+def steady(good: Sequence[Exchange], run: Run, concurrency: int) -> dict[str, Any] | None:
+    """Throughput in the steady window; None when fewer than ``2 * concurrency`` requests ended in there."""
+    if not (window := steady_window(run, concurrency)):
+        return None
+    begin, end = window
     inside = [exchange for exchange in good if begin < (exchange.done or 0.0) <= end]
     if len(inside) < 2 * concurrency or end <= begin:
         return None
@@ -146,6 +153,31 @@ def steady(good: Sequence[Exchange], run: Run, concurrency: int) -> dict[str, An
         "seconds": rounded(end - begin),
         "requests_per_second": rounded(len(inside) / (end - begin)),
         "output_tokens_per_second": rounded(sum(map(tokens_of, inside)) / (end - begin)),
+    }
+
+
+def blocks(good: Sequence[Exchange], run: Run, concurrency: int) -> dict[str, Any] | None:
+    """Requests per second of ``BLOCKS`` successive blocks of the steady window, each of the same number of successes.
+
+    Their median is a throughput that a short disturbance of the host does not move (batch means: Law, Simulation
+    Modeling and Analysis, 9.5.3, with the median for the mean).  The number is a multiple of ``concurrency``, so that
+    replies that end together are not cut apart; None when it would be under ``2 * concurrency``.
+    """
+    if not (window := steady_window(run, concurrency)):
+        return None
+    begin, end = window
+    ends = sorted(done for exchange in good if begin <= (done := exchange.done or 0.0) <= end)
+    size = (len(ends) - 1) // (BLOCKS * concurrency) * concurrency
+    if size < 2 * concurrency:
+        return None
+    edges = ends[-1 - BLOCKS * size :: size]
+    if not all(left < right for left, right in pairwise(edges)):
+        return None
+    rates = [size / (right - left) for left, right in pairwise(edges)]
+    return {
+        "requests": size,
+        "requests_per_second": [rounded(rate) for rate in rates],
+        "median_requests_per_second": rounded(statistics.median(rates)),
     }
 
 
@@ -220,6 +252,7 @@ def summary(run: Run, concurrency: int, slo: dict[str, float]) -> dict[str, Any]
             "output_tokens_per_second": per_second(sum(output)),
             "total_tokens_per_second": per_second(sum(output) + sum(prompts)) if len(prompts) == len(good) else None,
             "steady": steady(good, run, concurrency),
+            "blocks": blocks(good, run, concurrency),
         },
         "inflight": {
             "peak": inflight_peak(run.exchanges),

@@ -5,6 +5,7 @@
 Writes ``report.html`` and ``report.zh.html`` for people, ``report.md`` for a ticket and ``report.json`` for programs,
 each in one step.  ``--deployment -`` reads standard input, so that what is hidden in the report is never on the disk
 either.  ``--history DIR`` is the folder of the host's runs: earlier key figures are shown beside this run's.
+``--baseline FILE``, of ``baseline.py``, adds the comparison with it as one more stage.
 
 The last line of standard output is JSON: ``{"host", "run", "verdict", "report"}``.  Exit status: 0 PASS, 1 FAIL,
 2 ERROR (a stage is missing or unusable, or nothing could be written).
@@ -23,6 +24,7 @@ from typing import Any
 import jinja2
 import jsonschema
 
+import baseline
 import redaction
 import report_figures
 import report_page
@@ -49,6 +51,7 @@ class Config:
     expected: tuple[str, ...]
     run: str
     history: Path | None
+    baseline: Path | None
     template: Path
 
 
@@ -69,7 +72,15 @@ def run(config: Config) -> dict[str, Any]:
         deployment = masked(load(config.deployment, schema("report")["$defs"]["deployment"]))
     except UnusableError as error:
         problems.append(str(error))
+    compared_with = None
+    if config.baseline:
+        try:
+            compared_with = load(config.baseline, schema("baseline"))
+        except UnusableError as error:
+            problems.append(f"baseline: {error}; playbooks/baseline_promote.yml writes it")
     report = merge(stages, deployment, problems, config.run)
+    if compared_with and (compared := baseline.compare(report, compared_with)):
+        report = merge(stages | {baseline.STAGE: compared}, deployment, problems, config.run)
     if config.history:
         report["history"] = history(config.history, report)
     return report
@@ -175,6 +186,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     parser.add_argument("--expected", default="ocr_smoke", help="comma-separated stages that must be there and pass")
     parser.add_argument("--run", help="name of the run; the name of the output folder by default")
     parser.add_argument("--history", type=Path, help="folder with the host's runs, <run>/report.json each")
+    parser.add_argument("--baseline", type=Path, help="the baseline to compare with, of baseline.py; none by default")
     parser.add_argument(
         "--template", type=Path, default=report_page.TEMPLATES / "report.html.j2", help="Jinja2 template of the page"
     )
@@ -188,6 +200,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         expected=expected,
         run=name,
         history=arguments.history,
+        baseline=arguments.baseline,
         template=arguments.template,
     )
 

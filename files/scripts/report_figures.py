@@ -68,14 +68,16 @@ def bench(stage: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         load, latency, ok = phase["workload"], phase["latency_ms"], phase["counts"]["ok"]
         conditions = base | some(load, "requests", "concurrency", "rate")
         if phase["name"] == "latency":
-            for name, key, label in (
-                ("ttft_mean", "ttft", "Time to first token, mean"),
-                ("tpot_mean", "tpot", "Time per output token, mean"),
-                ("latency_mean", "e2e", "Latency, mean"),
+            for name, key, statistic, label in (
+                ("ttft_mean", "ttft", "mean", "Time to first token, mean"),
+                ("ttft_p50", "ttft", "p50", "Time to first token, median"),
+                ("tpot_mean", "tpot", "mean", "Time per output token, mean"),
+                ("latency_mean", "e2e", "mean", "Latency, mean"),
+                ("latency_p50", "e2e", "p50", "Latency, median"),
             ):
                 distribution = latency[key]
                 yield figure(
-                    f"ocr_bench.{name}", label, distribution["mean"], "ms", distribution["n"], "requests", "lower",
+                    f"ocr_bench.{name}", label, distribution[statistic], "ms", distribution["n"], "requests", "lower",
                     **conditions,
                 )  # fmt: skip
             yield figure(
@@ -89,6 +91,12 @@ def bench(stage: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
             ):
                 value = phase["throughput"][name]
                 yield figure(f"ocr_bench.{name}", label, value, unit, ok, "requests", "higher", **conditions)
+            blocks = phase["throughput"].get("blocks") or {"requests_per_second": []}
+            yield figure(
+                "ocr_bench.throughput_median", "Throughput, median of blocks",
+                blocks.get("median_requests_per_second"), "requests/s", len(blocks["requests_per_second"]), "blocks",
+                "higher", **conditions,
+            )  # fmt: skip
     if sweep := stage["sweep"]:
         levels = [level["concurrency"] for level in sweep["levels"]]
         sent = sum(phase["counts"]["ok"] for phase in stage["phases"] if phase["name"].startswith("sweep_"))

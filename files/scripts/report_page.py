@@ -37,6 +37,7 @@ STAGE_TITLES = {
     "ocr_quality": "OCR quality",
     "served_accuracy": "Accuracy of the served path",
     "ocr_accuracy": "Accuracy of the model on the device",
+    "baseline": "Comparison with the baseline",
 }
 
 

@@ -136,6 +136,37 @@ def test_a_missed_limit_is_red_and_named(host: dict[str, Any], tmp_path: Path) -
     assert (suite.get("failures"), suite.get("errors")) == ("2", "0")
 
 
+def test_runs_are_promoted_and_a_slower_one_is_caught(host: dict[str, Any], tmp_path: Path) -> None:
+    """One real run, given five ids: how noise is told from change is tested with measured ones."""
+    enough = host | {"ocr_bench_throughput_requests": 60}
+    baseline = tmp_path / "baselines" / "ascend910.json"
+    too_early = play(tmp_path, "playbooks/baseline_promote.yml", {"npu-01": enough})
+    assert too_early.rc != 0
+    assert "expected at least 5 runs" in too_early.output
+    assert play(tmp_path, "validate.yml", {"npu-01": enough}, "--tags", "ocr_bench").rc == 0
+    measured = report(tmp_path)
+    for number in range(4):
+        again = tmp_path / "reports" / "npu-01" / f"run-{number}" / "report.json"
+        again.parent.mkdir()
+        again.write_text(json.dumps(measured | {"run": again.parent.name}))
+    played = play(tmp_path, "playbooks/baseline_promote.yml", {"npu-01": enough})
+    assert played.rc == 0
+    assert "ocr_bench.throughput_median" in played.output
+    made = json.loads(baseline.read_text())
+    assert made["group"] == "ascend910"
+
+    for figure in made["figures"]:
+        if figure["better"] == "higher":
+            figure["values"] = [100 * value for value in figure["values"]]
+    baseline.write_text(json.dumps(made))
+    gated = enough | {"validation_report_baseline": str(baseline)}
+    played = play(tmp_path, "playbooks/ci_validate.yml", {"npu-01": gated}, "--tags", "ocr_bench")
+    assert played.rc != 0
+    last = summary(played)
+    assert last["hosts"]["npu-01"]["stages"] == {"ocr_bench": "PASS", "baseline": "FAIL"}
+    assert "baseline.ocr_bench.throughput_median" in last["hosts"]["npu-01"]["failed"]
+
+
 def test_a_stage_that_left_nothing_is_an_error(host: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "serving").unlink()
     played = play(tmp_path, "validate.yml", {"npu-01": host}, "--tags", "ocr_bench,ocr_quality")

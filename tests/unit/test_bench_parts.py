@@ -90,6 +90,35 @@ def test_definitions_to_the_digit(per_chunk: int, usage: bool, tpot: float, itl:
     assert list(bench_stats.token_gaps(exchange)) == [itl] * (16 - per_chunk)
 
 
+def load_of(seconds: list[float], concurrency: int) -> Run:
+    """A closed loop whose requests take these times, each on the place that is free first."""
+    free, run = [0.0] * concurrency, Run(0.0)
+    for number, taken in enumerate(seconds):
+        place = free.index(min(free))
+        exchange = Exchange(number, free[place])
+        exchange.sent = free[place]
+        exchange.done = free[place] = free[place] + taken
+        run.exchanges.append(exchange)
+    return run
+
+
+def test_a_short_disturbance_does_not_move_the_median_of_blocks() -> None:
+    """100 requests of 1 s, two at a time: 2 a second; then with ten of them stalled, and with all of them slower."""
+
+    def blocks(seconds: list[float], concurrency: int = 2) -> dict[str, Any]:
+        run = load_of(seconds, concurrency)
+        return dict(bench_stats.blocks(run.exchanges, run, concurrency) or {})
+
+    quiet = blocks([1.0] * 100)
+    assert quiet == {"requests": 8, "requests_per_second": [2.0] * 10, "median_requests_per_second": 2.0}
+    stalled = blocks([1.0] * 40 + [9.0] * 10 + [1.0] * 50)
+    assert stalled["median_requests_per_second"] == 2.0
+    assert min(stalled["requests_per_second"]) < 0.5
+    assert blocks([1.25] * 100)["median_requests_per_second"] == 1.6
+    assert blocks([1.0] * 40) == {}, "too short"
+    assert blocks([1.0] * 100, 100) == {}, "nothing but run-in"
+
+
 def stream(*events: bytes) -> list[bytes]:
     """A stream with these events between its head and its end, one read each."""
     first = HEAD + event({"role": "assistant", "content": ""}, usage=0)

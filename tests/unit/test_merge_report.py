@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+import baseline
 import eval_accuracy
 import merge_report
 import report_files
@@ -519,6 +520,9 @@ def test_every_text_is_translated(full: Run, made: dict[str, Any], monkeypatch: 
 
     monkeypatch.setattr(report_page, "chinese", lambda: Recording(messages))
     full.merge("--expected", STAGES)
+    promoted = baseline.promote([full.merge("--run", str(run))[2] for run in range(5)], "g", ())
+    full.put("baseline", promoted, "")
+    full.merge("--baseline", str(full.folder / "baseline.json"))
     full.put("deployment", DEPLOYMENT | {"accelerator": "none"}, "")
     full.merge("--expected", STAGES)
     sources = [*report_page.TEMPLATES.glob("*.j2"), Path(report_plots.__file__)]
