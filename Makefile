@@ -35,8 +35,11 @@ lint: .venv/dev  ## ansible-lint, yamllint, ruff, mypy: no findings, no skip lis
 test-fast: .venv/dev  ## tests without root or lab; no network once .venv is made
 	pytest -q tests/unit tests/templates tests/roles
 
-test-lab: lab  ## end-to-end tests in the lab
-	pytest -q tests/lab
+test-lab: lab  ## end-to-end tests in the lab, but for the long ones
+	pytest -q -m "not long" tests/lab
+
+test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (30 min)
+	pytest -q -m long tests/lab
 
 lab: machine  ## bring the lab up
 	$(LAB) playbooks/lab.yml
@@ -54,4 +57,4 @@ machine:
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-lab lab clean bench-peers machine
+.PHONY: help demo test static lint test-fast test-lab test-long lab clean bench-peers machine

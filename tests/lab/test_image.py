@@ -10,7 +10,7 @@ from testinfra.host import Host
 
 from lab import Controller, Play, Played, container_start, node_named
 
-pytestmark = pytest.mark.usefixtures("restored")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 SLOW = "registry.lab:5000/glm-ocr-lab/slow:1"
 #: Longer than systemd's own default for a start (90 s) together with the engine's start.

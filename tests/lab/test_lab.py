@@ -11,6 +11,9 @@ import pytest
 from lab import LAB_STATE, THREE_NODES, Controller, Play, lab_node, node_named
 
 
+pytestmark = pytest.mark.long
+
+
 def traces(name: str) -> list[str]:
     """Whatever of a node is on this machine: link, network namespace, mounts, processes, folder."""
     links = json.loads(subprocess.check_output(["ip", "-json", "link"]))

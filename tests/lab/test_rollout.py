@@ -11,7 +11,7 @@ from testinfra.host import Host
 
 from lab import STATE, THREE_NODES, Controller, Play, Played, chat, extra_flags, lab_node, node_named, release
 
-pytestmark = pytest.mark.usefixtures("restored")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 
 @pytest.fixture(scope="module")
