@@ -10,7 +10,6 @@ import pytest
 
 from lab import LAB_STATE, THREE_NODES, Controller, Play, lab_node, node_named
 
-
 pytestmark = pytest.mark.long
 
 

@@ -128,7 +128,7 @@ def test_all_tests_install_once_and_bring_the_lab_up_once(clone: Path) -> None:
     assert [call.split()[0] for call in called].count("pip") == 1
     assert called.count("ansible-playbook -i inventory/lab playbooks/lab.yml") == 1
     assert {call.split()[0] for call in called} == {"venv", "pip", *TOOLS}
-    assert called[-1] == 'pytest -q -m not long tests/lab'
+    assert called[-1] == "pytest -q -m not long tests/lab"
     assert sum(call.startswith("pytest -q tests/unit") for call in called) == 1
     make(clone, "test")
     assert (clone / "calls").read_text().count("pip ") == 1, "what is installed is not installed again"
