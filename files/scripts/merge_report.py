@@ -4,8 +4,9 @@
 
 Writes ``report.html`` and ``report.zh.html`` for people, ``report.md`` for a ticket and ``report.json`` for programs,
 each in one step.  ``--deployment -`` reads standard input, so that what is hidden in the report is never on the disk
-either.  ``--history DIR`` is the folder of the host's runs: earlier key figures are shown beside this run's.
-``--baseline FILE``, of ``baseline.py``, adds the comparison with it as one more stage.
+either.  ``--latest LINK`` is moved to the run, also to one that came to nothing.  ``--history DIR`` is the folder of
+the host's runs: earlier key figures are shown beside this run's.  ``--baseline FILE``, of ``baseline.py``, adds the
+comparison with it as one more stage.
 
 The last line of standard output is JSON: ``{"host", "run", "verdict", "report"}``.  Exit status: 0 PASS, 1 FAIL,
 2 ERROR (a stage is missing or unusable, or nothing could be written).
@@ -29,7 +30,7 @@ import redaction
 import report_figures
 import report_page
 from report_files import UnusableError, follow, load, schema
-from stage_result import EXIT_STATUS, write_json, write_text
+from stage_result import EXIT_STATUS, link, write_json, write_text
 
 STAGE_SCHEMAS = {
     "ocr_smoke": None,
@@ -52,6 +53,7 @@ class Config:
     run: str
     history: Path | None
     baseline: Path | None
+    latest: Path | None
     template: Path
 
 
@@ -187,6 +189,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     parser.add_argument("--run", help="name of the run; the name of the output folder by default")
     parser.add_argument("--history", type=Path, help="folder with the host's runs, <run>/report.json each")
     parser.add_argument("--baseline", type=Path, help="the baseline to compare with, of baseline.py; none by default")
+    parser.add_argument("--latest", type=Path, help="link beside the output folder to move to it")
     parser.add_argument(
         "--template", type=Path, default=report_page.TEMPLATES / "report.html.j2", help="Jinja2 template of the page"
     )
@@ -201,6 +204,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
         run=name,
         history=arguments.history,
         baseline=arguments.baseline,
+        latest=arguments.latest,
         template=arguments.template,
     )
 
@@ -210,6 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse_args(argv)
     page = config.output / report_page.LANGUAGES["en"]
     try:
+        if config.latest:
+            link(config.latest, config.output)
         report = run(config)
         jsonschema.Draft202012Validator(schema("report")).validate(report)
         # All are rendered before the first is written.

@@ -49,6 +49,14 @@ def write_text(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def link(path: Path, target: Path) -> None:
+    """Makes ``path`` a relative link to ``target``, in one step.  Raises ``OSError``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.symlink_to(os.path.relpath(target, path.parent))
+    temporary.replace(path)
+
+
 def write_json(path: Path, data: Any) -> None:
     """As ``write_text``; raises ``ValueError`` for NaN and infinity, which are no JSON."""
     write_text(path, json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False) + "\n")

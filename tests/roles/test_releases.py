@@ -174,3 +174,25 @@ def test_the_label_of_the_unit_is_the_one_that_others_look_for() -> None:
 def test_a_record_is_kept_as_json(store: Store) -> None:
     stage(store, "a")
     assert json.loads(Path(store.path("a", "release.json")).read_text()) == {"image": "a"}
+
+
+def test_what_the_unit_calls_is_put_in_place_once_and_mended(tmp_path: Path) -> None:
+    tool, folder = tmp_path / "lib" / "wait_ready.py", tmp_path / "state" / "cache"
+
+    def provide(text: str, write: bool = True) -> list[str]:
+        return [part["prepared"] for part in vllm_release.provide({str(tool): text}, [str(folder)], write)]
+
+    assert len(provide("one\n", write=False)) == 2
+    assert not tool.exists()
+    assert not folder.exists()
+    assert len(provide("one\n")) == 2
+    assert (tool.read_text(), tool.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == ("one\n", 0o755, 0o755)
+    assert provide("one\n") == []
+    (told,) = provide("two\n")
+    assert "-one\n+two\n" in told
+    tool.chmod(0o600)
+    assert len(provide("two\n", write=False)) == 1
+    assert tool.stat().st_mode & 0o777 == 0o600
+    folder.chmod(0o700)
+    assert len(provide("two\n")) == 2
+    assert (tool.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o755, 0o755)

@@ -46,10 +46,13 @@ class Run:
         text = data if isinstance(data, str) else json.dumps(data)
         (self.folder / under / f"{name}.json").write_text(text)
 
+    def arguments(self, *more: str) -> list[str]:
+        places = ["--stages", str(self.folder / "stages"), "--deployment", str(self.folder / "deployment.json")]
+        return [*places, "--output", str(self.output), *more]
+
     def merge(self, *more: str) -> tuple[int, dict[str, Any], dict[str, Any]]:
         """Exit status, last line and report.json."""
-        places = ["--stages", str(self.folder / "stages"), "--deployment", str(self.folder / "deployment.json")]
-        status = merge_report.main([*places, "--output", str(self.output), *more])
+        status = merge_report.main(self.arguments(*more))
         captured = self.capsys.readouterr()
         assert captured.err == ""
         last_line = json.loads(captured.out.splitlines()[-1])
@@ -444,6 +447,19 @@ def test_the_deployment_comes_from_standard_input(
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(DEPLOYMENT | {"host": "npu-02"})))
     status, last_line, _ = run.merge("--deployment", "-")
     assert (status, last_line["host"]) == (0, "npu-02")
+
+
+def test_latest_is_moved_to_the_run_also_to_one_that_came_to_nothing(run: Run) -> None:
+    latest = run.output.parent / "latest"
+    latest.parent.mkdir()
+    latest.symlink_to("an-earlier-run")
+    run.put("ocr_smoke", smoke_stage())
+    assert run.merge("--latest", str(latest))[0] == 0
+    assert latest.readlink() == Path(run.output.name)
+    assert (latest / "report.json").exists()
+    latest.unlink()
+    assert merge_report.main([*run.arguments("--latest", str(latest)), "--template", "absent"]) == 2
+    assert latest.readlink() == Path(run.output.name)
 
 
 class Host:

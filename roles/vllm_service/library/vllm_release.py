@@ -47,6 +47,15 @@ options:
   release: {type: str, description: Id of the release; needed but for C(described).}
   unit: {type: str, description: Text of the unit, for C(staged).}
   environment: {type: str, description: Text of the environment file, for C(staged).}
+  tools:
+    type: dict
+    default: {}
+    description: What the unit calls, for C(staged); path of each script to its text.
+  folders:
+    type: list
+    elements: path
+    default: []
+    description: Folders that the unit mounts and that must be there, for C(staged).
   record:
     type: dict
     default: {}
@@ -86,7 +95,7 @@ EXAMPLES = r"""
 """
 
 #: Modes of what is installed: the environment may hold secrets.
-UNIT_MODE, ENVIRONMENT_MODE = 0o644, 0o640
+UNIT_MODE, ENVIRONMENT_MODE, TOOL_MODE, FOLDER_MODE = 0o644, 0o640, 0o755, 0o755
 SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "StateChangeTimestamp", "NRestarts")
 
 
@@ -223,6 +232,29 @@ class Service:
         return run(["journalctl", f"--unit={self.name}", f"--lines={lines}", "--no-pager", "--output=cat"]).stdout
 
 
+def mode_of(path: str) -> Optional[int]:
+    """The permission bits of what is there; None where nothing is."""
+    return stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else None
+
+
+def provide(tools: Dict[str, str], folders: List[str], write: bool) -> List[Dict[str, str]]:
+    """Puts in place what a unit needs beside itself; tells the difference of each part that was not as it must be."""
+    diff = []
+    for folder in folders:
+        if mode_of(folder) != FOLDER_MODE:
+            diff.append({"prepared": f"folder {folder}: mode {FOLDER_MODE:04o}\n"})
+            if write:
+                os.makedirs(folder, exist_ok=True)
+                os.chmod(folder, FOLDER_MODE)
+    for path, text in tools.items():
+        if (read(path), mode_of(path)) != (text, TOOL_MODE):
+            diff.append(difference(path, read(path), text))
+            if write:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                write_atomically(path, text, TOOL_MODE)
+    return diff
+
+
 def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     options = module.params
     kept = service.store.get(options["release"])
@@ -230,14 +262,16 @@ def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     complaints = verify(options["unit"], f"{service.name}.service") if kept is None else []
     if complaints:
         module.fail_json(msg="\n".join(["systemd refuses the unit; nothing was changed:", *complaints]))
-    changed = kept is None
-    if changed and not module.check_mode:
+    provided = provide(options["tools"], options["folders"], write=not module.check_mode)
+    if kept is None and not module.check_mode:
         record = {"staged_at": now(), "staged_by": options["by"], **options["record"]}
         service.store.stage(options["release"], options["unit"], options["environment"], record)
     diff = [
+        *provided,
         difference(service.unit_path, read(service.unit_path), options["unit"]),
         difference(service.environment_path, read(service.environment_path), options["environment"]),
     ]
+    changed = kept is None or bool(provided)
     return {"changed": changed, "diff": diff, "release": options["release"], **identity(module, service)}
 
 
@@ -326,6 +360,8 @@ def main() -> None:
             "release": {"type": "str"},
             "unit": {"type": "str"},
             "environment": {"type": "str"},
+            "tools": {"type": "dict", "default": {}},
+            "folders": {"type": "list", "elements": "path", "default": []},
             "record": {"type": "dict", "default": {}},
             "restart": {"type": "bool", "default": False},
             "journal_lines": {"type": "int", "default": 50},
