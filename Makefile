@@ -41,6 +41,12 @@ test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (30 min)
 	pytest -q -m long tests/lab
 
+test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)
+	pytest -q tests/browser
+
+screenshots: browser  ## pictures of the lab's last report, into docs/images
+	PYTHONPATH=tests/support python tests/browser/screenshots.py reports/node1/latest docs/images
+
 lab: machine  ## bring the lab up
 	$(LAB) playbooks/lab.yml
 
@@ -54,7 +60,11 @@ bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/benc
 machine:
 	@.ci/bootstrap lab
 
+# A Chromium, where there is none.
+browser: .venv/dev
+	@.ci/bootstrap browser
+
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-lab test-long lab clean bench-peers machine
+.PHONY: help demo test static lint test-fast test-lab test-long test-browser screenshots lab clean bench-peers machine browser

@@ -277,9 +277,12 @@ def test_a_full_run(full: Run) -> None:
 def test_no_figure_without_unit_and_n(full: Run) -> None:
     _, _, report = full.merge("--expected", STAGES)
     assert {figure["stage"] for figure in report["key_figures"]} == set(merge_report.STAGE_SCHEMAS)
-    tiles = re.findall(r'<div class="tile">.*?</div>', full.page, re.DOTALL)
+    tiles = re.findall(r'<div class="tile[ "].*?</div>', full.page, re.DOTALL)
     assert len(tiles) == len(report["key_figures"]) > 15
     assert all(re.search(r"n = \d+ \w", tile) for tile in tiles)
+    # A kind without a limit must not look as if its error had been accepted.
+    unjudged = [kind["kind"] for kind in report["stages"]["ocr_quality"]["kinds"] if kind["threshold"] is None]
+    assert [tile.count("not judged") for tile in tiles].count(1) == len(unjudged) > 0
     for caption in re.findall(r"<figcaption>(.*?)</figcaption>", full.page, re.DOTALL):
         assert re.search(r"\bn\b|\d+ (of \d+ )?layers|\d: \d", caption), caption
     by_id = {figure["id"]: figure for figure in report["key_figures"]}
