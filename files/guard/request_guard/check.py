@@ -12,7 +12,7 @@ import pybase64  # what vLLM decodes images with: what it would accept is what i
 from request_guard.document import Document
 from request_guard.images import ImageError, size
 from request_guard.limits import Limits
-from request_guard.refusal import not_allowed, shown
+from request_guard.refusal import Refusal, not_allowed, shown
 
 #: Takes the place in the request and the value there; raises ``Refusal``.
 Rule = Callable[[str, Any], None]
@@ -49,7 +49,7 @@ class Checker:
             elif name in self.limits.unchecked_fields:
                 self._unchecked(name, value, DEPTH)
             else:
-                raise not_allowed(name[:40], "a field that the guard knows", "another one")
+                raise unknown(name, rules)
         self._together(request)
         if path == "/v1/completions" or (path == "/tokenize" and request.get("messages") is None):
             if request.get("prompt") is None:
@@ -192,6 +192,12 @@ class Checker:
                 self._unchecked(where, below, depth - 1)
 
 
+def unknown(name: str, rules: Collection[str], where: str = "") -> Refusal:
+    # Not more of it than a name has: an image may have strayed here.
+    name = name.partition(",")[0][:40]
+    return not_allowed(f"{where}.{name}" if where else name, f"one of {', '.join(rules)}", "another field")
+
+
 def anything(where: str, value: Any) -> None:
     """Checked elsewhere."""
 
@@ -256,7 +262,7 @@ def exactly(rules: Mapping[str, Rule]) -> Rule:
             raise not_allowed(where, "an object", shown(value))
         for name, one in value.items():
             if name not in rules:
-                raise not_allowed(f"{where}.{name[:40]}", f"one of {', '.join(rules)}", "another one")
+                raise unknown(name, rules, where)
             if one is not None:
                 rules[name](f"{where}.{name}", one)
 

@@ -54,10 +54,9 @@ class Document:
                 kept.append(body[at:])
                 return b"".join(kept)
             seen = found + 1
-            prefix = next((prefix for prefix in PREFIXES if body.startswith(prefix, found)), None)
-            if prefix is None or body[found - 1 : found] == b"\\":
+            if body[found - 1 : found] == b"\\" or not body.startswith(PREFIXES, found):
                 continue
-            start = found + len(prefix)
+            start = body.index(b",", found) + 1
             end = body.find(b'"', start)
             if end < 0:
                 raise unreadable("JSON", "an image without the end of its string")
