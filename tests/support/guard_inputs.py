@@ -23,7 +23,7 @@ CHAT, COMPLETIONS, TOKENIZE = "/v1/chat/completions", "/v1/completions", "/token
 def limits(**changes: Any) -> Limits:
     """The role's defaults at its default context length."""
     defaults = {
-        "body_bytes": 20 * 2**20,
+        "body_bytes": 16 * 2**20,
         "body_seconds": 30,
         "text_bytes": 262_144,
         "messages": 64,
@@ -346,7 +346,7 @@ BAD = [
     image("lossless", jpeg_frame(marker=0xC3), "jpeg"),
     image("arithmetic", jpeg_frame(marker=0xC9), "jpeg"),
     image("a frame of 9 bytes", jpeg_frame(length=9), "jpeg"),
-    image("two frames", JPEG[:SCAN] + jpeg_frame(height=9000)[FRAME:SCAN] + JPEG[SCAN:], "jpeg"),
+    image("two frames", JPEG[:SCAN] + jpeg_frame(height=2000)[FRAME:SCAN] + JPEG[SCAN:], "jpeg"),
     image("no frame", JPEG[:FRAME] + JPEG[SCAN:], "jpeg"),
     image("no scan", JPEG[:SCAN] + b"\xff\xd9", "jpeg"),
     image("no end of a JPEG", JPEG[:-2], "jpeg"),

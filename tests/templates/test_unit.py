@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shlex
 from pathlib import Path
 
 import pytest
 from ansible.errors import AnsibleError
 
+import guard_inputs
 import vllm_release
 from rendering import HostVariables, deploy_task
+from request_guard.limits import Limits
 
 GOLDEN = Path(__file__).parent / "golden"
 SEED = (Path(__file__).parent / "seed_command.sh").read_text()
@@ -49,6 +53,48 @@ def test_golden(engine: str, tmp_path: Path) -> None:
         if os.environ.get("UPDATE_GOLDEN"):
             (GOLDEN / golden).write_text(rendered)
         assert rendered == (GOLDEN / golden).read_text(), "meant? then: UPDATE_GOLDEN=1 make test-fast"
+
+
+def test_golden_with_the_guard(tmp_path: Path) -> None:
+    """The mount's folder is named by the guard's modules, which change more often than the unit does."""
+    host = HostVariables(tmp_path, vllm_service_guard=True)
+    for name, golden in (("glm-ocr.service.j2", "guard.service"), ("glm-ocr.env.j2", "guard.env")):
+        rendered = re.sub(r"(/guard/|release=)[0-9a-f]+", r"\1HASH", host.template_file(name))
+        if os.environ.get("UPDATE_GOLDEN"):
+            (GOLDEN / golden).write_text(rendered)
+        assert rendered == (GOLDEN / golden).read_text(), "meant? then: UPDATE_GOLDEN=1 make test-fast"
+
+
+def test_the_guards_folder_has_what_the_engine_loads(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, vllm_service_guard="true", vllm_service_guard_extra_limits={"n": "2"})
+    release = host.template("{{ __vllm_service_guard_release }}")
+    assert f"{release['path']}:/opt/request-guard:ro" in exec_start(host.template_file("glm-ocr.service.j2"))
+    module, loaded = str(options(serve_command(host.template_file("glm-ocr.service.j2")))["--middleware"]).rsplit(
+        ".", 1
+    )
+    (source,) = [path for path in release["modules"] if path.endswith(module.replace(".", "/") + ".py")]
+    assert f"class {loaded}" in Path(source).read_text()
+    assert Limits.of(json.loads(release["limits"])).n == 2
+
+
+def test_the_guards_limits_are_those_that_the_tests_check(tmp_path: Path) -> None:
+    release = HostVariables(tmp_path).template("{{ __vllm_service_guard_release }}")
+    assert Limits.of(json.loads(release["limits"])) == guard_inputs.limits()
+
+
+@pytest.mark.parametrize("change", [{"vllm_service_guard_extra_limits": {"n": 2}}, {"vllm_service_guard": False}])
+def test_the_release_changes_with_the_guard(change: dict[str, object], tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    before = HostVariables(tmp_path / "a", vllm_service_guard=True).template("{{ __vllm_service_release }}")
+    after = HostVariables(tmp_path / "b", **{"vllm_service_guard": True} | change)
+    assert after.template("{{ __vllm_service_release }}") != before
+
+
+def test_a_path_of_the_sites_own_stays_beside_the_guards(tmp_path: Path) -> None:
+    own = {"PYTHONPATH": "/opt/site"}
+    host = HostVariables(tmp_path, vllm_service_guard=True, vllm_service_extra_environment=own)
+    assert "PYTHONPATH=/opt/request-guard:/opt/site\n" in host.template_file("glm-ocr.env.j2")
 
 
 def test_every_flag_of_the_seed_is_there_verbatim(tmp_path: Path) -> None:
@@ -207,6 +253,14 @@ def test_the_probe_is_asked_about_the_command_of_the_unit(tmp_path: Path) -> Non
         (
             {"vllm_service_extra_flags": {"shutdown-timeout": 300}},
             "expected shutdown-timeout: 60, as vllm_service_shutdown_timeout_seconds says; found 300",
+        ),
+        (
+            {"vllm_service_guard": True, "vllm_service_extra_flags": {"middleware": "site.Middleware"}},
+            "as vllm_service_guard says; found site.Middleware",
+        ),
+        (
+            {"vllm_service_guard_extra_limits": {"images": -1}},
+            "vllm_service_guard_limits: expected a whole number from 0 up as images",
         ),
         ({"vllm_service_extra_flags": {"port": 8001}}, "expected port: 8000, as glm_ocr_port says; found 8001"),
         ({"vllm_service_extra_flags": {"host": "::"}}, "as glm_ocr_bind_address says; found ::"),

@@ -158,9 +158,9 @@ def test_fields_can_be_let_through_unchecked_but_not_special_tokens_or_depth() -
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"n": 0}, "n: expected a positive whole number; found 0"),
-        ({"n": True}, "n: expected a positive whole number; found True"),
-        ({"tokens": "8192"}, "tokens: expected a positive whole number; found '8192'"),
+        ({"n": -1}, "n: expected a whole number from 0 up; found -1"),
+        ({"n": True}, "n: expected a whole number from 0 up; found True"),
+        ({"tokens": "8192"}, "tokens: expected a whole number from 0 up; found '8192'"),
         ({"image": 1}, "not known as a limit: image"),
         ({"unchecked_fields": "tools"}, "expected a list of names"),
     ],

@@ -38,8 +38,8 @@ class Limits:
             raise LimitsError(f"missing, or not known as a limit: {', '.join(sorted(map(str, wrong)))}")
         numbers = {name: data[name] for name in names - {"unchecked_fields"}}
         for name, value in sorted(numbers.items()):
-            if type(value) is not int or value < (0 if name in ("images", "logprobs") else 1):
-                raise LimitsError(f"{name}: expected a positive whole number; found {value!r}")
+            if type(value) is not int or value < 0:
+                raise LimitsError(f"{name}: expected a whole number from 0 up; found {value!r}")
         unchecked = data["unchecked_fields"]
         if not isinstance(unchecked, list) or not all(isinstance(name, str) for name in unchecked):
             raise LimitsError(f"unchecked_fields: expected a list of names; found {unchecked!r}")
