@@ -56,6 +56,10 @@ clean: .venv/dev  ## take the lab down; its caches stay
 bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/bench-peers.md (20 min, GBs of peers)
 	python tests/bench_peers/compare.py
 
+bench-guard: .venv/dev  ## what the request guard costs, as middleware and as a proxy, into docs/request-guard.md (5 min)
+	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
+	PYTHONPATH=files/guard:tests/support python tests/bench_guard/measure.py
+
 # All that the lab needs of this machine, before anything is installed.
 machine:
 	@.ci/bootstrap lab
@@ -67,4 +71,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-lab test-long test-browser screenshots lab clean bench-peers machine browser
+.PHONY: help demo test static lint test-fast test-lab test-long test-browser screenshots lab clean bench-peers bench-guard machine browser

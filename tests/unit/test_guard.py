@@ -335,6 +335,11 @@ def test_another_kind_of_body_is_refused(guarded: str, engine: Engine, headers: 
     assert engine.bodies == []
 
 
+def test_a_refusal_repeats_little(guarded: str) -> None:
+    assert len(post(guarded, chat(), Content_Type="a" * 4000).content) < 500
+    assert len(post(guarded, chat(**{"a" * 4000: 1})).content) < 1000  # the names of all fields are in it
+
+
 def test_a_body_too_large_is_refused_and_the_connection_serves_on(guarded: str, engine: Engine) -> None:
     with requests.Session() as session:
         for body in (bytes(30 * 10**6), repeat(bytes(10**5), 300)):
