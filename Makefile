@@ -58,7 +58,7 @@ bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/benc
 
 bench-guard: .venv/dev  ## what the request guard costs, as middleware and as a proxy, into docs/request-guard.md (5 min)
 	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
-	PYTHONPATH=files/guard:tests/support python tests/bench_guard/measure.py
+	PYTHONPATH=files/guard:files/scripts:tests/support python tests/bench_guard/measure.py
 
 # All that the lab needs of this machine, before anything is installed.
 machine:

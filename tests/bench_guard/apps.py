@@ -93,6 +93,7 @@ def main() -> None:
             ws="none",
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=600,  # a proxy that meets a connection closed under it would fail a request
         )
         uvicorn.Server(config).run(sockets=[listening])
 

@@ -3,21 +3,22 @@
 Three arms, in processes of their own: the engine's stand-in, the same with the guard as middleware, and a proxy with
 the guard before another stand-in.
 
-- paced: ``CONCURRENCY`` clients for each arm, all three arms at once, so that whatever else the machine does meets all;
-  each request is held for HOLD seconds, which makes the rate of an arm the one that the seed's benchmark reached.
-  Latency is that of a request minus HOLD; added latency is the difference of the quantiles.
-- saturated: ``CONCURRENCY`` clients, nothing held, the arms in turn; for images the stand-in decodes them.  CPU of a
-  request is the time that the arm's processes were on a core (/proc/PID/task/*/schedstat) over its requests, the median
-  over the rounds; the throughput of a process that is at its limit is the inverse, so the share lost to the guard is
-  1 - CPU without it / CPU with it.  Requests over seconds of the clock are given too: they take in what the client
-  and others needed of the machine.
+- paced: ``CONCURRENCY`` clients, whose requests go to the three arms in turn, so that whatever else the machine does
+  meets all of them.  Each is held for HOLD seconds, which makes the rate of all together the one that the seed's
+  benchmark reached.  Latency is that of a request minus HOLD; added latency is the difference of the quantiles.
+- saturated: ``CONCURRENCY`` clients, nothing held; the arms take turns of seconds, in random order.  For images the
+  stand-in decodes them.
+
+CPU of a request is the time that the arm's processes were on a core (/proc/PID/task/*/schedstat) over the requests
+of a turn, the median over the turns.  The throughput of a process at its limit is the inverse, so the share lost to
+the guard is 1 - CPU without it / CPU with it.  Requests over seconds of the clock are given too: they take in what
+the client and others needed of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import io
 import json
 import math
 import os
@@ -32,12 +33,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import uvloop
-from PIL import Image
 
+import bench_workload
 import guard_inputs
 
 HERE = Path(__file__).resolve().parent
@@ -47,8 +49,7 @@ BEGIN, END = "<!-- begin of the figures: make bench-guard -->", "<!-- end of the
 CONCURRENCY = 32
 SEED_RATE = 25.14  # requests/s, the seed's throughput
 HOLD = CONCURRENCY / SEED_RATE
-SIDE = 590  # pixels of the square of noise whose PNG has 1 MB
-SHORT = 5  # saturated turns in a round
+A4 = (1654, 2339)  # pixels at 200 dpi
 ARMS = {"none": "no guard", "guarded": "middleware", "proxy": "proxy"}
 LIMIT_MS, LIMIT_LOSS = 1.0, 0.03
 
@@ -77,38 +78,47 @@ class Arm:
         return sum(int(path.read_text().split()[0]) for path in files) / 1e9
 
 
+@cache
 def bodies() -> dict[str, bytes]:
-    noise = Image.frombytes("RGB", (SIDE, SIDE), random.Random(1).randbytes(3 * SIDE * SIDE))
-    buffer = io.BytesIO()
-    noise.save(buffer, "PNG")
+    """A text, and a page as our benchmark draws it, filled up to 1 MB."""
+    page = bench_workload.padded(bench_workload.page(*A4, random.Random(1)), 1_000_000)
     return {
         "text": guard_inputs.chat("请用一句话介绍 GLM-OCR 模型。", temperature=0),
-        "image": guard_inputs.chat(guard_inputs.url(guard_inputs.data_url(buffer.getvalue())), temperature=0),
+        "image": guard_inputs.chat(guard_inputs.url(guard_inputs.data_url(page)), temperature=0),
     }
 
 
-async def ask(port: int, request: bytes, begin: float, end: float) -> list[float]:
-    """One client: the seconds of each request on one connection, between two moments of the clock."""
+async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> float:
+    """Seconds from the first byte sent to the last one received.  Raises ``RuntimeError`` for anything but 200."""
+    began = time.perf_counter()
+    writer.write(request)
+    head = await reader.readuntil(b"\r\n\r\n")
+    if not head.startswith(b"HTTP/1.1 200 "):
+        raise RuntimeError(f"expected 200; found {head!r}")
+    await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
+    return time.perf_counter() - began
+
+
+async def client(ports: Sequence[int], request: bytes, begin: float, end: float) -> list[list[float]]:
+    """Seconds of each request, by port: to one after the other, between two moments of the clock."""
     await asyncio.sleep(begin - time.perf_counter())
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    seconds = []
-    while (began := time.perf_counter()) < end:
-        writer.write(request)
-        head = await reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200 "):
-            raise RuntimeError(f"expected 200 from port {port}; found {head!r}")
-        await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
-        seconds.append(time.perf_counter() - began)
-    writer.close()
-    await writer.wait_closed()
+    connections = [await asyncio.open_connection("127.0.0.1", port) for port in ports]
+    seconds: list[list[float]] = [[] for _ in ports]
+    turn = random.randrange(len(ports))
+    while time.perf_counter() < end:
+        seconds[turn].append(await exchange(*connections[turn], request))
+        turn = (turn + 1) % len(ports)
+    for _, writer in connections:
+        writer.close()
     return seconds
 
 
-async def load(port: int, request: bytes, seconds: float, spread: float) -> list[float]:
-    """The latencies of ``CONCURRENCY`` clients that begin within ``spread`` seconds."""
+async def load(ports: Sequence[int], request: bytes, seconds: float, spread: float) -> list[list[float]]:
+    """The latencies by port, of ``CONCURRENCY`` clients that begin within ``spread`` seconds."""
     now = time.perf_counter()
-    clients = [ask(port, request, now + spread * n / CONCURRENCY, now + seconds) for n in range(CONCURRENCY)]
-    return [one for each in await asyncio.gather(*clients) for one in each]
+    clients = [client(ports, request, now + spread * n / CONCURRENCY, now + seconds) for n in range(CONCURRENCY)]
+    found = await asyncio.gather(*clients)
+    return [[one for each in found for one in each[at]] for at in range(len(ports))]
 
 
 def request(body: bytes, **headers: float) -> bytes:
@@ -120,10 +130,8 @@ def request(body: bytes, **headers: float) -> bytes:
 @contextmanager
 def serving(kind: str, engine: int = 0) -> Iterator[Arm]:
     """One of apps.py's servers."""
-    folders = [PROJECT / "files/guard", PROJECT / "tests/support"]
-    environment = os.environ | {"PYTHONPATH": ":".join(map(str, folders))}
     command = [sys.executable, str(HERE / "apps.py"), kind, str(engine)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             yield Arm(int(process.stdout.readline()), (process.pid,))
@@ -136,7 +144,7 @@ def quantile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
-def measure(rounds: int, seconds: float) -> Cells:
+def measure(turns: int) -> Cells:
     """By load (paced, saturated), kind of request and arm."""
     cells: Cells = defaultdict(Cell)
     with ExitStack() as stack:
@@ -145,34 +153,27 @@ def measure(rounds: int, seconds: float) -> Cells:
         proxy = stack.enter_context(serving("proxy", behind.port))
         arms["proxy"] = Arm(proxy.port, proxy.processes + behind.processes)
         text, image = bodies()["text"], bodies()["image"]
-        for body in (text, image):
-            for arm in arms.values():  # warm up
-                uvloop.run(load(arm.port, request(body), 1.0, 0))
-        for turn in range(rounds):
-            paced(cells, arms, "text", request(text, Hold=HOLD), seconds)
-            paced(cells, arms, "image", request(image, Hold=HOLD), seconds)
-            for _ in range(SHORT):
-                saturated(cells, arms, "text", request(text), seconds / 10)
-                saturated(cells, arms, "image", request(image, Decode=1), seconds / 5)
-            print(f"round {turn + 1} of {rounds}", file=sys.stderr)
+        for turn in range(-1, turns):  # the first warms up
+            kept = cells if turn >= 0 else defaultdict(Cell)
+            take_turn(kept, "paced", "text", arms, request(text, Hold=HOLD), 8 * HOLD)
+            take_turn(kept, "paced", "image", arms, request(image, Hold=HOLD), 8 * HOLD)
+            for name in random.sample(list(arms), len(arms)):
+                take_turn(kept, "saturated", "text", {name: arms[name]}, request(text), 0.5)
+                take_turn(kept, "saturated", "image", {name: arms[name]}, request(image, Decode=1), 2.0)
+            print(f"turn {turn + 1} of {turns}", file=sys.stderr)
     return cells
 
 
-def paced(cells: Cells, arms: Mapping[str, Arm], kind: str, request: bytes, seconds: float) -> None:
-    async def together() -> list[list[float]]:
-        return await asyncio.gather(*(load(arm.port, request, seconds, HOLD) for arm in arms.values()))
-
-    for name, latencies in zip(arms, uvloop.run(together()), strict=True):
-        cells["paced", kind, name].latencies += [one - HOLD for one in latencies]
-
-
-def saturated(cells: Cells, arms: Mapping[str, Arm], kind: str, request: bytes, seconds: float) -> None:
-    for name in random.sample(list(arms), len(arms)):
-        cell, cpu, began = cells["saturated", kind, name], arms[name].cpu_seconds(), time.perf_counter()
-        latencies = uvloop.run(load(arms[name].port, request, seconds, 0))
-        cell.rates.append(len(latencies) / (time.perf_counter() - began))
-        cell.cpu.append((arms[name].cpu_seconds() - cpu) / len(latencies))
-        cell.latencies += latencies
+def take_turn(cells: Cells, mode: str, kind: str, arms: Mapping[str, Arm], request: bytes, seconds: float) -> None:
+    held = HOLD if mode == "paced" else 0.0
+    cpu, began = [arm.cpu_seconds() for arm in arms.values()], time.perf_counter()
+    found = uvloop.run(load([arm.port for arm in arms.values()], request, seconds, held))
+    took = time.perf_counter() - began
+    for (name, arm), before, latencies in zip(arms.items(), cpu, found, strict=True):
+        cell = cells[mode, kind, name]
+        cell.rates.append(len(latencies) / took)
+        cell.cpu.append((arm.cpu_seconds() - before) / len(latencies))
+        cell.latencies += [one - held for one in latencies]
 
 
 def alone(rounds: int = 200) -> dict[str, float]:
@@ -202,28 +203,30 @@ def page(cells: Cells, checks: dict[str, float], loads: tuple[float, float]) -> 
         f"Measured {datetime.now(timezone.utc):%Y-%m-%d}, Python {platform.python_version()}, {', '.join(packages)},",
         f"on {os.cpu_count()} cores ({platform.machine()}) that client, servers and others shared: 1-minute load",
         f"{loads[0]:.1f} before, {loads[1]:.1f} after. The text request has {sizes['text']} bytes, the image request",
-        f"{sizes['image']:,} (a PNG of 1 MB). `tests/bench_guard/measure.py` has the formulas.",
+        f"{sizes['image']:,}: a PNG of 1 MB, {A4[0]} by {A4[1]} pixels. The formulas are in `tests/bench_guard`.",
         "",
         f"One check alone, median of 200: text {checks['text'] * 1e3:.3f} ms, image {checks['image'] * 1e3:.3f} ms.",
         "",
-        f"**Paced**: {CONCURRENCY} clients for each arm, all arms at once, each request held {HOLD:.2f} s, so about",
-        f"{SEED_RATE:g} requests/s for each.",
+        f"**Paced**: {CONCURRENCY} clients, their requests to the arms in turn, each held {HOLD:.2f} s, so about",
+        f"{SEED_RATE:g} requests/s in all.",
         "",
-        "| request | guard | requests | p50 ms | p99 ms | added p50 ms | added p99 ms |",
-        "|---|---|---|---|---|---|---|",
+        "| request | guard | turns | requests | p50 ms | p99 ms | added p50 | added p99 | CPU ms a request |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for kind in sizes:
         for arm, name in ARMS.items():
-            number = len(cells["paced", kind, arm].latencies)
-            p50, p99 = (quantile(cells["paced", kind, arm].latencies, share) * 1e3 for share in (0.5, 0.99))
-            more = [f"{added(cells, kind, arm, share):.2f}" for share in (0.5, 0.99)]
-            lines.append(f"| {kind} | {name} | {number} | {p50:.2f} | {p99:.2f} | {more[0]} | {more[1]} |")
+            cell = cells["paced", kind, arm]
+            figures = [quantile(cell.latencies, share) * 1e3 for share in (0.5, 0.99)]
+            figures += [added(cells, kind, arm, share) for share in (0.5, 0.99)]
+            figures.append(statistics.median(cell.cpu) * 1e3)
+            counts = f"{len(cell.cpu)} | {len(cell.latencies)}"
+            lines.append(f"| {kind} | {name} | {counts} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
     lines += [
         "",
-        f"**Saturated**: {CONCURRENCY} clients, arms in turn. For text the stand-in only parses the request: the share",
+        f"**Saturated**: {CONCURRENCY} clients, nothing held. For text the stand-in only parses the request: the share",
         "is that of a server without an engine; for the image it decodes the picture, the least an API process does.",
         "",
-        "| request | guard | turns | requests | requests/s, median | CPU ms a request, median | lost, by CPU |",
+        "| request | guard | turns | requests | requests/s, median | CPU ms a request | lost, by CPU |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in sizes:
@@ -257,12 +260,11 @@ def verdicts(cells: Cells) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the request guard costs, as middleware and as a proxy.")
-    parser.add_argument("--rounds", type=int, default=4, help="rounds of both loads")
-    parser.add_argument("--seconds", type=float, default=10.0, help="of a paced load")
+    parser.add_argument("--turns", type=int, default=6, help="turns of every arm in every load")
     parser.add_argument("--raw", type=Path, help="JSON of all latencies, rates and CPU seconds to write")
     arguments = parser.parse_args()
     checks, before = alone(), os.getloadavg()[0]
-    cells = measure(arguments.rounds, arguments.seconds)
+    cells = measure(arguments.turns)
     figures = page(cells, checks, (before, os.getloadavg()[0]))
     if arguments.raw:
         raw = {" ".join(key): [cell.latencies, cell.rates, cell.cpu] for key, cell in cells.items()}
