@@ -14,7 +14,7 @@ from ansible.errors import AnsibleError
 
 import guard_inputs
 import vllm_release
-from rendering import HostVariables, deploy_task
+from rendering import PROJECT, HostVariables, deploy_task
 from request_guard.limits import Limits
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -72,14 +72,15 @@ def test_the_guards_folder_has_what_the_engine_loads(tmp_path: Path) -> None:
     module, loaded = str(options(serve_command(host.template_file("glm-ocr.service.j2")))["--middleware"]).rsplit(
         ".", 1
     )
-    (source,) = [path for path in release["modules"] if path.endswith(module.replace(".", "/") + ".py")]
-    assert f"class {loaded}" in Path(source).read_text()
-    assert Limits.of(json.loads(release["limits"])).n == 2
+    for path in (PROJECT / "files/guard/request_guard").glob("*.py"):
+        assert release["files"][f"{release['path']}/request_guard/{path.name}"] == path.read_text()
+    assert f"class {loaded}" in release["files"][f"{release['path']}/{module.replace('.', '/')}.py"]
+    assert Limits.of(json.loads(release["files"][f"{release['path']}/limits.json"])).n == 2
 
 
 def test_the_guards_limits_are_those_that_the_tests_check(tmp_path: Path) -> None:
     release = HostVariables(tmp_path).template("{{ __vllm_service_guard_release }}")
-    assert Limits.of(json.loads(release["limits"])) == guard_inputs.limits()
+    assert Limits.of(json.loads(release["files"][f"{release['path']}/limits.json"])) == guard_inputs.limits()
 
 
 @pytest.mark.parametrize("change", [{"vllm_service_guard_extra_limits": {"n": 2}}, {"vllm_service_guard": False}])

@@ -12,20 +12,19 @@ from ansible.errors import AnsibleFilterError
 
 
 def guard_release(limits: Mapping[str, Any], source: str, library_dir: str) -> dict[str, Any]:
-    """``path`` on the host, ``modules`` of the controller, and the text of ``limits.json``.
+    """``path`` of the folder on the host, and ``files`` in it, path to text: the modules and ``limits.json``.
 
-    The path has the SHA-256 of modules and limits in it, so a release that names it moves with both.  Raises
+    It has the SHA-256 of modules and limits in its name, so a release that names it moves with both.  Raises
     ``AnsibleFilterError`` for a source without modules.
     """
-    modules = sorted(Path(source).glob("request_guard/*.py"))
+    modules = {path.name: path.read_text() for path in sorted(Path(source).glob("request_guard/*.py"))}
     if not modules:
         raise AnsibleFilterError(f"expected the request guard's modules in {source}/request_guard; found none")
     text = json.dumps({name: _number(value) for name, value in limits.items()}, indent=2, sort_keys=True) + "\n"
-    digest = hashlib.sha256(text.encode())
-    for module in modules:
-        digest.update(module.name.encode() + b"\0" + hashlib.sha256(module.read_bytes()).digest())
-    path = f"{library_dir}/guard/{digest.hexdigest()}"
-    return {"path": path, "modules": [str(module) for module in modules], "limits": text}
+    files = {f"request_guard/{name}": module for name, module in modules.items()} | {"limits.json": text}
+    digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    path = f"{library_dir}/guard/{digest}"
+    return {"path": path, "files": {f"{path}/{name}": content for name, content in files.items()}}
 
 
 def _number(value: Any) -> Any:

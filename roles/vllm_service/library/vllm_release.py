@@ -50,7 +50,7 @@ options:
   tools:
     type: dict
     default: {}
-    description: What the unit calls, for C(staged); path of each script to its text.
+    description: What the unit calls and mounts, for C(staged); path of each file to its text.
   folders:
     type: list
     elements: path
