@@ -47,6 +47,9 @@ test-browser: browser  ## the reports' pages in a real Chromium, at two widths a
 screenshots: browser  ## pictures of the lab's last report, into docs/images
 	PYTHONPATH=tests/support python tests/browser/screenshots.py reports/node1/latest docs/images
 
+fault-table: lab  ## injected faults and healthy runs under all stages, in the lab, into docs/fault-table.md (75 min)
+	pytest -q -m faults tests/faults
+
 lab: machine  ## bring the lab up
 	$(LAB) playbooks/lab.yml
 
@@ -71,4 +74,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-lab test-long test-browser screenshots lab clean bench-peers bench-guard machine browser
+.PHONY: help demo test static lint test-fast test-lab test-long test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser

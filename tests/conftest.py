@@ -10,6 +10,7 @@ import ansible.module_utils
 PROJECT = Path(__file__).resolve().parents[1]
 for folder in (
     PROJECT / "tests" / "support",
+    PROJECT / "tests" / "faults",
     PROJECT / "files" / "scripts",
     PROJECT / "files" / "guard",
     *PROJECT.glob("roles/*/library"),

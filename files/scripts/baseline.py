@@ -54,13 +54,14 @@ class Rule:
 
 RULES: Mapping[str, Rule] = {
     REQUIRED: Rule(0.03, 0.10),
-    "ocr_bench.latency_p50": Rule(0.10, 0.25),
-    "ocr_bench.ttft_p50": Rule(0.10, 0.25),
+    "ocr_bench.latency_p50": Rule(0.10, 1.00),
+    "ocr_bench.ttft_p50": Rule(0.10, 1.00),
     "x floor": Rule(0.10, 0.50),
     "ratio": Rule(0.02, 0.10, relative=False),
 }
 """By figure or by unit.  Of rates and times the medians alone: a mean takes in every disturbance of the host, so that
-an unchanged run would alarm.  The saturation moves in steps."""
+an unchanged run would alarm.  The saturation moves in steps.  Latencies are judged down to a doubling: on a noisy host
+that is still worth a red run, and what is caught stands beside each figure."""
 
 
 def rule_of(figure: Mapping[str, Any]) -> Rule | None:

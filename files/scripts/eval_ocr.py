@@ -32,7 +32,8 @@ from stage_result import EXIT_STATUS, finite, installed_version, now, positive, 
 
 KINDS = ("line", "document", "table", "formula", "code", "seal")
 OMNIDOCBENCH_KINDS = ("document", "table", "formula", "code")
-REPETITION = "repetition"
+REPETITION, CONFUSION = "repetition", "confusion"
+OVERALL = (REPETITION, CONFUSION)  # limits over all judged kinds together
 # Chosen to tell a model that reads from one that does not; measured on no NPU.  A site's first good run is the better
 # guide.  null: measured and shown, not judged.
 DEFAULT_LIMITS = {
@@ -43,6 +44,7 @@ DEFAULT_LIMITS = {
     "code": 0.15,
     "seal": None,
     REPETITION: 0.05,
+    CONFUSION: 0,
 }
 PACKAGES = ("pillow", "requests", "rapidfuzz", "table-recognition-metric")
 BREAKDOWNS = ("language", "degradation", "px")
@@ -58,6 +60,11 @@ FIX_REQUESTS = "Look at the service's log. For a 400 about the context length pa
 FIX_LOOP = (
     "Serve once with --enforce-eager: if the loops go, graph mode made them. Clients may pass repetition_penalty 1.1."
 )
+FIX_CONFUSION = (
+    "Look first at tokenizer.json and lm_head of what is served: entries may have changed places. Compare the folder "
+    "with its manifest, or with a trusted copy."
+)
+FIX_NO_CHARACTERS = "Give one of these kinds a limit, or leave confusion out of --thresholds. " + FIX_REQUESTS
 FIX_NO_PAGE = "Leave the kind out of --thresholds, or give it null, or supply pages of it."
 FIX_READINGS = "Pass the file that this version's `eval_ocr.py read` wrote."
 
@@ -72,7 +79,7 @@ class NotMeasured(Exception):
 
 @dataclass(frozen=True)
 class Config:
-    """The command line.  ``thresholds`` maps the kinds to ask for, and repetition, to their limits (None: no limit)."""
+    """The command line.  ``thresholds`` maps the kinds to ask for, and ``OVERALL``, to limits (None: no limit)."""
 
     step: str
     output: Path
@@ -91,7 +98,7 @@ class Config:
     @property
     def kinds(self) -> list[str]:
         """The kinds to ask for."""
-        return [kind for kind in self.thresholds or {} if kind != REPETITION]
+        return [kind for kind in self.thresholds or {} if kind not in OVERALL]
 
     @property
     def pictures(self) -> str:
@@ -165,7 +172,7 @@ def load(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
         if lacking := SESSION_MEMBERS - data.keys():
             raise ValueError(f"without {', '.join(sorted(lacking))}")
-        if unknown := data["arguments"]["thresholds"].keys() - {*KINDS, REPETITION}:
+        if unknown := data["arguments"]["thresholds"].keys() - {*KINDS, *OVERALL}:
             raise ValueError(f"unknown kinds {', '.join(sorted(unknown))}")
         for reading in data["readings"]:
             if lacking := READING_MEMBERS - reading.keys():
@@ -189,12 +196,14 @@ def score(readings: dict[str, Any], pictures: str) -> Outcome:
     kinds = [
         measured(kind, limits[kind], [reading for reading in readings["readings"] if reading["kind"] == kind], metrics)
         for kind in limits
-        if kind != REPETITION
+        if kind not in OVERALL
     ]
     judged = [kind for kind in kinds if kind["threshold"] is not None]
     checks = [requests_check(kinds), *map(kind_check, judged)]
     if (limit := limits.get(REPETITION)) is not None:
         checks.append(repetition_check(judged, limit))
+    if (limit := limits.get(CONFUSION)) is not None:
+        checks.append(confusion_check(judged, limit, metrics))
     versions = {package: installed_version(package) for package in metrics.PACKAGES}
     return Outcome(
         stage(readings, kinds, checks, versions),
@@ -314,6 +323,28 @@ def repetition_check(judged: list[dict[str, Any]], limit: float) -> dict[str, An
     return check(REPETITION, verdict, expected, f"{loops} of {replies}", FIX_LOOP)
 
 
+def confusion_check(judged: list[dict[str, Any]], limit: float, metrics: Any) -> dict[str, Any]:
+    """No letter or digit is read as one other letter nearly always: too few characters for an error rate to see."""
+    pairs = [
+        (kind["kind"], entry["expected"], entry["found"])
+        for kind in judged
+        if kind["kind"] in metrics.CHARACTERS
+        for entry in kind["samples"]
+        if entry["found"] is not None
+    ]
+    expected = (
+        f"at most {limit:g} letters or digits that are read as one other in {metrics.CONFUSED_SHARE:.0%} of "
+        f"{metrics.CONFUSED_TIMES} or more places"
+    )
+    if not pairs:
+        named = ", ".join(metrics.CHARACTERS)
+        return check(CONFUSION, "ERROR", expected, f"no reply of a judged kind among {named}", FIX_NO_CHARACTERS)
+    found = metrics.confusions(pairs)
+    told = "; ".join(f"{entry.expected} read as {entry.found} in {entry.times} of {entry.places}" for entry in found)
+    verdict = "PASS" if len(found) <= limit else "FAIL"
+    return check(CONFUSION, verdict, expected, told or f"none on {len(pairs)} pages", FIX_CONFUSION)
+
+
 def check(identity: str, verdict: str, expected: str, found: str, fix: str) -> dict[str, Any]:
     entry = {"id": identity, "verdict": verdict, "expected": expected, "found": found}
     return entry if verdict == "PASS" else entry | {"fix": fix}
@@ -329,16 +360,16 @@ def save(output: Path, outcome: Outcome) -> None:
 
 
 def limits(text: str) -> dict[str, float | None]:
-    """An argparse type: a JSON object of kinds, and repetition, with their highest accepted error or null."""
+    """An argparse type: a JSON object of kinds, repetition and confusion, with their highest accepted error or null."""
     given = json.loads(text)
     if not isinstance(given, dict):
         raise argparse.ArgumentTypeError("not a JSON object")
-    faults = [f"{kind!r} is none of {', '.join((*KINDS, REPETITION))}" for kind in given.keys() - {*KINDS, REPETITION}]
+    faults = [f"{kind!r} is none of {', '.join((*KINDS, *OVERALL))}" for kind in given.keys() - {*KINDS, *OVERALL}]
     for kind, limit in given.items():
         number = isinstance(limit, int | float) and not isinstance(limit, bool)
         if limit is not None and not (number and 0 <= limit < math.inf):
             faults.append(f"{kind}: {limit!r} is neither null nor a number from 0 up")
-    if all(limit is None for kind, limit in given.items() if kind != REPETITION):
+    if all(limit is None for kind, limit in given.items() if kind not in OVERALL):
         faults.append("no kind has a limit, so that nothing could fail")
     if faults:
         raise argparse.ArgumentTypeError("; ".join(faults))
@@ -376,8 +407,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     if arguments["step"] != "score":
         kinds = OMNIDOCBENCH_KINDS if arguments["omnidocbench"] else KINDS
         if arguments["thresholds"] is None:
-            arguments["thresholds"] = {k: limit for k, limit in DEFAULT_LIMITS.items() if k in (*kinds, REPETITION)}
-        if absent := arguments["thresholds"].keys() - {*kinds, REPETITION}:
+            arguments["thresholds"] = {k: limit for k, limit in DEFAULT_LIMITS.items() if k in (*kinds, *OVERALL)}
+        if absent := arguments["thresholds"].keys() - {*kinds, *OVERALL}:
             parser.error(f"--thresholds: OmniDocBench has no {', '.join(sorted(absent))}; leave them out")
         if arguments["seed"] is None:
             arguments["seed"] = secrets.randbelow(2**32)

@@ -74,6 +74,7 @@ def run(config: Config) -> dict[str, Any]:
         deployment = masked(load(config.deployment, schema("report")["$defs"]["deployment"]))
     except UnusableError as error:
         problems.append(str(error))
+    problems += stale(deployment)
     compared_with = None
     if config.baseline:
         try:
@@ -86,6 +87,18 @@ def run(config: Config) -> dict[str, Any]:
     if config.history:
         report["history"] = history(config.history, report)
     return report
+
+
+def stale(deployment: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with the image that runs: nothing, or that it is not the one that the inventory names."""
+    image = deployment["image"] if deployment else {}
+    if not image.get("id") or "wanted_id" not in image or image["id"] == image["wanted_id"]:
+        return []
+    wanted = f"the image {image['wanted_id']}" if image["wanted_id"] else "no image on the host"
+    return [
+        f"deployment: expected the image that {image['name']} means, found a service of {image['id']}, and the name "
+        f"means {wanted}; run deploy.yml, or name the image that runs in glm_ocr_image"
+    ]
 
 
 def in_order(names: set[str]) -> list[str]:

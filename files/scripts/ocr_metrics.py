@@ -21,11 +21,12 @@ import html
 import re
 import statistics
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from lxml.etree import LxmlError
-from rapidfuzz.distance.Levenshtein import distance
+from rapidfuzz.distance.Levenshtein import distance, editops
 from table_recognition_metric import TEDS
 
 from text_metrics import character_error_rate
@@ -39,6 +40,8 @@ NAMES = {
     "formula": "normalised edit distance of LaTeX tokens",
     "table": "1 - TEDS",
 }
+CHARACTERS = ("line", "document", "code", "seal")  # kinds that are compared character by character
+CONFUSED_TIMES, CONFUSED_SHARE = 3, 0.8
 LOOP_REPEATS = 3
 LOOP_CHARACTERS = 60
 WIDE = "\u3000-\u303f\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese characters and their punctuation
@@ -71,6 +74,15 @@ class Loop(NamedTuple):
     characters: int
 
 
+class Confusion(NamedTuple):
+    """A character that is read as another one: ``times`` in the ``places`` where it stands."""
+
+    expected: str
+    found: str
+    times: int
+    places: int
+
+
 def error(kind: str, truths: Sequence[str], readings: Sequence[str]) -> float | None:
     """The error of a set of pages of one ``kind``, a ratio from 0 up; None without pages."""
     if not truths:
@@ -79,8 +91,44 @@ def error(kind: str, truths: Sequence[str], readings: Sequence[str]) -> float | 
         return statistics.fmean(1 - teds(*pair) for pair in zip(truths, readings, strict=True))
     if kind == "formula":
         return statistics.fmean(formula_distance(*pair) for pair in zip(truths, readings, strict=True))
-    normal: Callable[[str], str] = program if kind == "code" else plain
+    normal = normal_form(kind)
     return character_error_rate([normal(text) for text in truths], [normal(text) for text in readings], distance)
+
+
+def normal_form(kind: str) -> Callable[[str], str]:
+    """What is done to a text of one of ``CHARACTERS`` before it is compared."""
+    return program if kind == "code" else plain
+
+
+def confusions(pages: Sequence[tuple[str, str, str]]) -> list[Confusion]:
+    """The letters and digits that are nearly always read as one other.
+
+    That is, in ``CONFUSED_SHARE`` or more of their places, which are ``CONFUSED_TIMES`` or more.
+    ``pages`` are kind, truth and reading.  With independent errors of 2 % a character, one that stands three times is
+    confused each time by chance in about one of 10^5.
+    """
+    places: Counter[str] = Counter()
+    swaps: Counter[tuple[str, str]] = Counter()
+    for kind, truth, reading in pages:
+        expected, found = (normal_form(kind)(text) for text in (truth, reading))
+        places.update(expected)
+        swaps.update(substitutions(expected, found))
+    return [
+        Confusion(expected, found, times, places[expected])
+        for (expected, found), times in sorted(swaps.items())
+        if expected.isalnum() and places[expected] >= CONFUSED_TIMES and times >= CONFUSED_SHARE * places[expected]
+    ]
+
+
+def substitutions(expected: str, found: str) -> list[tuple[str, str]]:
+    """The characters that differ in the shortest edit: where one has substitutions alone that one, else rapidfuzz's."""
+    if len(expected) == len(found):
+        differing = [pair for pair in zip(expected, found, strict=True) if pair[0] != pair[1]]
+        if len(differing) == distance(expected, found):
+            return differing
+    return [
+        (expected[edit.src_pos], found[edit.dest_pos]) for edit in editops(expected, found) if edit.tag == "replace"
+    ]
 
 
 def details(kind: str, truth: str, reading: str) -> dict[str, float | None]:

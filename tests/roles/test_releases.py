@@ -168,7 +168,7 @@ def test_the_label_of_the_unit_is_the_one_that_others_look_for() -> None:
     label = yaml.safe_load((ROLES / "vllm_service" / "vars" / "main.yml").read_text())["__vllm_service_release_label"]
     assert label == host_checks.OUR_LABEL
     (told,) = [{"Config": {"Labels": {label: "a"}}}]
-    assert deployment([told], "host", "image", "docker")["release"] == "a"
+    assert deployment([told], "host", "image", "", "docker")["release"] == "a"
 
 
 def test_a_record_is_kept_as_json(store: Store) -> None:

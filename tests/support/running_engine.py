@@ -46,6 +46,9 @@ def main() -> int:
             return 1
         print(IMAGE_ID if "--format" in arguments else json.dumps([CONTAINER]))
         return 0
+    if arguments[:2] == ["image", "inspect"]:
+        print(IMAGE_ID)
+        return 0
     return run(arguments)
 
 

@@ -201,6 +201,16 @@ def test_runs_that_vary_too_much_are_no_baseline() -> None:
         promoted(values=[90.0, 100.0, 110.0, 95.0, 105.0])
 
 
+def test_a_doubled_latency_is_caught_on_a_host_whose_runs_vary() -> None:
+    """First-token times measured in the lab while others used the machine."""
+    identity = "ocr_bench.ttft_p50"
+    noisy = promoted(identity, [28.3756, 25.3279, 27.1297, 27.1487, 27.4467, 28.2588])
+    (figure,) = noisy["figures"]
+    assert 0.25 < figure["detectable"] < 1
+    assert compared(key_figure(identity, 28.4), noisy)["verdict"] == "PASS"
+    assert compared(key_figure(identity, 54.8), noisy)["verdict"] == "FAIL"
+
+
 def with_stage(report: dict[str, Any], name: str, verdict: str) -> dict[str, Any]:
     changed = copy.deepcopy(report)
     changed["stages"][name] = smoke_stage() | {"verdict": verdict}

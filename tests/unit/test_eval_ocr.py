@@ -149,6 +149,28 @@ def test_a_loop_is_caught_where_it_is_judged(reader: Service, tmp_path: Path) ->
     assert evaluated(reader.url, tmp_path, limits={"line": 99.0})[0] == 0, "no limit, no check"
 
 
+def test_two_swapped_digits_are_caught_under_the_limit_of_the_error_rate(reader: Service, tmp_path: Path) -> None:
+    swap = str.maketrans("08", "80")
+    for index in range(20):
+        page = ocr_pages.page("line", index, SEED)
+        teach(reader, page, page.expected.translate(swap))
+    limits: dict[str, float | None] = {"line": 0.1, "confusion": 0}
+    status, result = evaluated(reader.url, tmp_path, "--samples", "20", limits=limits)
+    assert (status, failed(result)) == (1, {"confusion"})
+    assert 0 < result["kinds"][0]["error"] < 0.1
+    (check,) = [entry for entry in result["checks"] if entry["id"] == "confusion"]
+    assert "0 read as 8" in check["found"]
+    assert "8 read as 0" in check["found"]
+    assert evaluated(reader.url, tmp_path, "--samples", "20", limits=limits | {"confusion": 2})[0] == 0
+    assert evaluated(reader.url, tmp_path, "--samples", "20", limits={"line": 0.1})[0] == 0, "no limit, no check"
+
+
+def test_a_confusion_that_no_judged_kind_can_show_is_an_error(reader: Service, tmp_path: Path) -> None:
+    status, result = evaluated(reader.url, tmp_path, limits={"line": None, "table": 0.0, "confusion": 0})
+    assert (status, failed(result)) == (2, {"confusion"})
+    assert "leave confusion out" in result["checks"][-1]["fix"]
+
+
 FAULTS: dict[str, tuple[tuple[int, str] | None, str]] = {
     "500": ((500, '{"error": {"message": "boom"}}'), "HTTP 500: boom"),
     "no reply": (None, "ended before the reply was complete"),

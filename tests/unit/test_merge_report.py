@@ -197,6 +197,20 @@ def test_unusable_deployment_is_an_error(run: Run, content: str) -> None:
     assert "deployment.json" in report["problems"][0]
 
 
+@pytest.mark.parametrize("wanted", ["sha256:fedcba9876543210", None])
+def test_a_service_of_another_image_than_the_named_one_is_no_pass(run: Run, wanted: str | None) -> None:
+    image = DEPLOYMENT["image"]
+    run.put("ocr_smoke", smoke_stage())
+    run.put("deployment", DEPLOYMENT | {"image": image | {"wanted_id": image["id"]}}, "")
+    assert run.merge()[2]["problems"] == []
+    run.put("deployment", DEPLOYMENT | {"image": image | {"wanted_id": wanted}}, "")
+    status, _, report = run.merge()
+    assert (status, report["verdict"]) == (2, "ERROR")
+    (problem,) = report["problems"]
+    assert image["id"] in problem
+    assert (wanted or "no image on the host") in problem
+
+
 def test_lab_engine_is_said_loudly(run: Run) -> None:
     run.put("ocr_smoke", smoke_stage())
     run.put("deployment", DEPLOYMENT | {"accelerator": "none (CPU lab engine)"}, "")

@@ -162,3 +162,16 @@ def test_what_the_page_repeats_is_no_loop() -> None:
         assert loop(" ".join(ocr_texts.SENTENCES[language]), "") is None
     for text in ocr_texts.PROGRAMS:
         assert loop(text, "") is None
+
+
+def test_a_confusion_needs_several_places_and_nearly_all_of_them() -> None:
+    def found(truth: str, reading: str) -> list[tuple[str, str, int, int]]:
+        return [(*entry,) for entry in ocr_metrics.confusions([("line", truth, reading)])]
+
+    assert found("A1 B1 C1", "A7 B7 C7") == [("1", "7", 3, 3)]
+    assert found("80 08 80", "08 80 08") == [("0", "8", 3, 3), ("8", "0", 3, 3)], "neighbours that change places"
+    assert found("A1 B1", "A7 B7") == [], "twice may be chance"
+    assert found("A1 B1 C1", "A7 B7 C1") == [], "two of three"
+    assert found("A1 B1 C1", "A7 B4 C2") == [], "not as the same one"
+    assert found("A- B- C-", "A. B. C.") == [], "neither letter nor digit"
+    assert found("A1 B1 C1", "A B C") == [], "left out, not confused"
