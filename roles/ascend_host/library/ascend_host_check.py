@@ -61,7 +61,7 @@ EXAMPLES = r"""
     memory_gib: 16
     shm_size: 1g
     state_path: /var/lib/glm-ocr
-    state_space_gib: 2
+    state_space_gib: 1
     port: 8000
     devices: [/dev/davinci0]
     driver_paths: [/usr/local/bin/npu-smi]
