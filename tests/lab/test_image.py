@@ -23,7 +23,7 @@ ENTRYPOINT ["/slow-entrypoint"]
 """
 #: Meanwhile the port is bound, and what listens there answers everything with 404 or 501: no model is loaded.
 ENTRYPOINT = """#!/bin/sh
-[ "$1" != vllm ] || timeout {seconds} python3 -m http.server 8000 --directory /proc/self/task
+[ "$1" != vllm ] || timeout {seconds} python3 -m http.server 8000
 exec /usr/local/bin/entrypoint.sh "$@"
 """
 
