@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 from testinfra.host import Host
 
-from lab import Play, preflight_report
+from lab import WEIGHTS, Play, preflight_report
 
 NPU_SMI = "/usr/local/bin/npu-smi"
 ABSENT_IMAGE = "registry.lab:5000/glm-ocr-lab/absent:1"
@@ -95,3 +96,47 @@ def test_a_healthy_host_has_no_errors_and_the_idle_card_is_a_warning(service: Ho
     assert {entry["severity"] for entry in report["findings"]} <= {"warning"}
     assert "NPU_IDLE" in {entry["id"] for entry in report["findings"]}
     assert all(entry["fix"] and entry["fix_zh"] for entry in report["findings"])
+
+
+@contextmanager
+def small_disk(node: Host, folder: str, megabytes: int) -> Iterator[None]:
+    """A file system of its own; what lay there comes back."""
+    node.check_output(f"mkdir -p {folder} && mount -t tmpfs -o size={megabytes}M,mode=755 small {folder}")
+    try:
+        yield
+    finally:
+        node.check_output(f"umount --recursive {folder}")  # podman mounts its own on top
+
+
+def test_a_disk_that_filled_up_is_told_and_one_with_room_is_not(service: Host, play: Play) -> None:
+    """The folder of releases needs 1 GiB, and podman's of images 6 (in the lab): a bit more than that, then less."""
+    small, images = "/run/small", "/var/lib/containers/storage"
+    given = {"glm_ocr_state_dir": f"{small}/state", "glm_ocr_container_engine": "podman"}
+    with small_disk(service, small, 1100), small_disk(service, images, 6300):
+        # Our own service holds the port: to podman it is a stranger's.
+        assert "HOST_DISK" not in play("playbooks/preflight.yml", **given).failures
+        service.check_output(f"fallocate --length 200M {small}/ballast && fallocate --length 300M {images}/ballast")
+        refused = play("playbooks/preflight.yml", **given)
+    assert refused.failures.count("[HOST_DISK]") == 2
+    assert re.search(rf"1 GiB free under {small}/state for .*; found 0\.9 GiB", refused.failures)
+    assert re.search(rf"6 GiB free under {images} for .*; found 5\.9 GiB", refused.failures)
+
+
+def test_a_full_disk_stops_a_fetch_and_a_deployment_and_leaves_nothing_half(service: Host, play: Play) -> None:
+    small = "/run/small"
+    with small_disk(service, small, 16):
+        service.run(f"dd if=/dev/zero of={small}/ballast bs=1M")
+        fetched = play(
+            "playbooks/weights_fetch.yml",
+            glm_ocr_weights_path=f"{small}/weights",
+            vllm_weights_source=f"folder:{WEIGHTS}",
+        )
+        # As if the disk had filled up after the preflight looked.
+        deployed = play("deploy.yml", glm_ocr_state_dir=f"{small}/state", ascend_host_state_space_gib=0)
+        left = service.check_output(f"find {small} -type f -size +0")
+    assert fetched.rc != 0
+    assert "free for the model" in fetched.failures
+    assert deployed.rc != 0
+    assert "No space left on device" in deployed.failures
+    assert "Traceback" not in deployed.failures
+    assert left == f"{small}/ballast"

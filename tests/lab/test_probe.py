@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
+from archives import image_archive, load, tar
 from lab import LAB_CACHE, Play, chat, container_start
 from ledger import ledger
 from rendering import PROJECT
@@ -176,3 +177,48 @@ def test_the_rotary_overlay_is_right_and_its_original_wrong(service: Host, tmp_p
     assert report["cases"]["patched interleaved 3d"]["max_abs_difference"] <= report["tolerance"]
     assert wrong.rc == 1, wrong.stdout + wrong.stderr
     assert hashlib.sha256(target.read_bytes()).hexdigest() in (OVERLAY / "README.md").read_text()
+
+
+ARCHIVED = "localhost/glm-ocr-archived:1"
+
+
+@pytest.fixture
+def archived(node: Host) -> Iterator[None]:
+    yield
+    node.run(f"docker rmi --force {ARCHIVED}")
+
+
+def test_an_altered_archive_is_refused_by_its_id(archived: None, service: Host, play: Play) -> None:
+    trusted, altered = (tar({"opt/model.py": code}) for code in (b"answer = 42\n", b"answer = 43\n"))
+    # One byte of the layer: Docker itself sees it while it does not have the right layer.
+    rc, output = load(service, image_archive(ARCHIVED, altered, recorded=trusted))
+    assert rc != 0
+    assert "invalid diffID" in output
+
+    assert load(service, image_archive(ARCHIVED, trusted))[0] == 0
+    pinned = service.check_output(f"docker image inspect --format '{{{{.Id}}}}' {ARCHIVED}")
+    given = {"glm_ocr_image": ARCHIVED, "vllm_image_expected_id": pinned}
+    # The one that is meant passes here; it has no engine, which the probe sees.
+    passed = play("deploy.yml", **given)
+    assert passed.rc != 0
+    assert "[IMAGE_ID]" not in passed.failures
+    assert "[PROBE_" in passed.failures
+
+    # With a configuration that fits the altered layer Docker takes it, and its id is another.
+    assert load(service, image_archive(ARCHIVED, altered))[0] == 0
+    loaded = service.check_output(f"docker image inspect --format '{{{{.Id}}}}' {ARCHIVED}")
+    assert loaded != pinned
+    refused = play("deploy.yml", **given)
+    assert refused.rc != 0
+    assert "[IMAGE_ID]" in refused.failures
+    assert pinned in refused.failures
+    assert loaded in refused.failures
+
+
+def test_an_image_of_another_architecture_is_refused(archived: None, service: Host, play: Play) -> None:
+    archive = image_archive(ARCHIVED, tar({"opt/model.py": b"answer = 42\n"}), architecture="arm64")
+    assert load(service, archive)[0] == 0
+    refused = play("playbooks/preflight.yml", glm_ocr_image=ARCHIVED)
+    assert refused.rc != 0
+    assert "[IMAGE_ARCHITECTURE]" in refused.failures
+    assert "arm64" in refused.failures

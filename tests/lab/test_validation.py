@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
@@ -15,6 +11,7 @@ import pytest
 from testinfra.host import Host
 
 from lab import INVENTORY, NODE, Play, latest_report
+from playing import ansible_playbook
 from rendering import PROJECT
 
 SCHEMAS = {
@@ -37,19 +34,8 @@ def stages() -> dict[str, Any]:
 
 def ci(*more: str) -> tuple[int, dict[str, Any]]:
     """Exit status and last line of what a pipeline would type."""
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "playbooks/ci_validate.yml"]
-    done = subprocess.run(
-        [*command, "-i", str(INVENTORY), "-l", "ascend910", *more],
-        cwd=PROJECT,
-        env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    print(done.stdout)
-    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+    done = ansible_playbook("playbooks/ci_validate.yml", "-i", str(INVENTORY), "-l", "ascend910", *more)
+    return done.rc, json.loads(done.output.splitlines()[-1])
 
 
 def test_a_healthy_service_passes_every_stage(service: Host, play: Play) -> None:

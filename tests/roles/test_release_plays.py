@@ -198,6 +198,24 @@ def test_nothing_is_put_back_when_nothing_was_touched(host: Host) -> None:
     assert host.calls("systemctl restart") == []
 
 
+def test_a_service_whose_kept_releases_are_out_of_sight_is_not_touched(host: Host) -> None:
+    """Their folder was moved in the inventory, or its disk is not mounted: what runs is nobody's first try."""
+    shutil.rmtree(host.store.folder)
+    played = host.rescued(PULL_FAILS)
+    assert played.rc != 0
+    assert f"glm-ocr was not touched: release {NEW} stays." in played.output
+    assert host.running() == NEW
+    assert host.calls("systemctl stop") == []
+
+
+def test_a_first_release_that_never_read_is_put_out_of_service(host: Host) -> None:
+    """Started by a play that died before the proof: kept, and never good."""
+    for release in (OLD, NEW):
+        Path(host.store.path(release, "good")).unlink()
+    played = host.rescued(PULL_FAILS)
+    assert "no earlier good release to go back to" in played.output
+
+
 def test_a_release_that_a_killed_restore_left_running_is_put_out_of_service(host: Host) -> None:
     """Killed after the files of the last good release were there, and before it was restarted."""
     fake_host.run_container("c" * 16)

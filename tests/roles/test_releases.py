@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -40,6 +41,17 @@ def test_a_staged_release_is_read_back_and_is_roots_alone(store: Store) -> None:
     assert (release.unit, release.environment, release.record) == ("unit of a", "A=1\n", {"image": "a"})
     assert release.good_at is None
     assert {path.stat().st_mode & 0o077 for path in Path(store.folder).rglob("*")} == {0}
+
+
+def test_a_release_that_finds_no_room_leaves_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    stage(store, "a")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        stage(store, "b")
+    assert store.folders() == ["a"]
 
 
 @pytest.mark.parametrize("lost", ["unit", "environment", "release.json"])

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from playing import ansible_playbook
 from rendering import PROJECT, ROLES
 
 
@@ -50,23 +49,18 @@ class LocalPlay:
     def run(self, *tasks: dict[str, Any], check: bool = False, options: Sequence[str] = (), **variables: Any) -> Played:
         play = {"hosts": "localhost", "gather_facts": False, "tasks": [*tasks, *self.silent]}
         (self.folder / "play.yml").write_text(yaml.safe_dump([play]))
-        command = [
-            str(Path(sys.executable).with_name("ansible-playbook")),
+        played = ansible_playbook(
             "--inventory=localhost,",
             f"--extra-vars={json.dumps(self.variables | variables)}",
             *(["--check"] if check else []),
             *options,
             str(self.folder / "play.yml"),
-        ]
-        environment = os.environ | {
-            "ANSIBLE_ROLES_PATH": str(ROLES),
-            "ANSIBLE_NOCOLOR": "1",
-            "ANSIBLE_FORCE_COLOR": "0",
-        }
-        done = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, check=False)
-        changed = int(done.stdout.rpartition("changed=")[2].split()[0]) if "changed=" in done.stdout else -1
+            folder=self.folder,
+            ANSIBLE_ROLES_PATH=str(ROLES),
+        )
+        changed = played.recap("localhost")["changed"] if "PLAY RECAP" in played.output else -1
         # The default callback prints messages as JSON: undo what it escapes.
-        return Played(done.returncode, (done.stdout + done.stderr).replace('\\"', '"'), changed)
+        return Played(played.rc, played.output.replace('\\"', '"'), changed)
 
     def calls(self, verb: str) -> list[dict[str, Any]]:
         """What the engine was asked so far, of one verb: ``arguments`` and ``stdin`` of each."""

@@ -30,6 +30,22 @@ class Played:
         return {name: int(count) for name, count in (pair.split("=") for pair in line.split())}
 
 
+def ansible_playbook(*arguments: str, folder: Path = PROJECT, **environment: str) -> Played:
+    """What an operator types in ``folder``, without colours; the output is printed too."""
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("ansible-playbook")), *arguments],
+        cwd=folder,
+        env={**os.environ, "ANSIBLE_NOCOLOR": "1", "ANSIBLE_FORCE_COLOR": "0", **environment},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    print(done.stdout)
+    return Played(done.returncode, done.stdout)
+
+
 def stub(folder: Path, name: str, script: str) -> str:
     """A command that runs ``script``."""
     folder.mkdir(exist_ok=True)
@@ -53,23 +69,12 @@ def play(folder: Path, playbook: str, hosts: dict[str, dict[str, Any]], *more: s
         (folder / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
     (folder / "tmp").mkdir(exist_ok=True)
     variables = f"glm_ocr_reports_dir={folder}/reports glm_ocr_state_dir={folder}/state"
-    command = [sys.executable, "-m", "ansible.cli.playbook", playbook, "-i", str(folder / "hosts.yml"), "-e", variables]
-    done = subprocess.run(
-        [*command, *more],
-        cwd=PROJECT,
-        env={
-            **os.environ,
-            "PATH": f"{folder}/bin:{os.environ['PATH']}",
-            "TMPDIR": str(folder / "tmp"),
-            "ANSIBLE_HOME": str(folder / "ansible"),
-            "ANSIBLE_REMOTE_TEMP": str(folder / "remote"),
-            "ANSIBLE_NOCOLOR": "1",
-        },
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
+    return ansible_playbook(
+        playbook,
+        *("-i", str(folder / "hosts.yml"), "-e", variables),
+        *more,
+        PATH=f"{folder}/bin:{os.environ['PATH']}",
+        TMPDIR=str(folder / "tmp"),
+        ANSIBLE_HOME=str(folder / "ansible"),
+        ANSIBLE_REMOTE_TEMP=str(folder / "remote"),
     )
-    print(done.stdout)
-    return Played(done.returncode, done.stdout)

@@ -17,6 +17,7 @@ from ansible.module_utils import host_checks as host
 from ansible.module_utils import npu_checks as npu
 from ansible.module_utils import npu_smi
 from ansible.module_utils.basic import AnsibleModule
+from ansible.module_utils.disk import free_bytes
 from ansible.module_utils.findings import Finding, as_data
 
 DOCUMENTATION = r"""
@@ -60,7 +61,7 @@ EXAMPLES = r"""
     memory_gib: 16
     shm_size: 1g
     state_path: /var/lib/glm-ocr
-    state_space_gib: 2
+    state_space_gib: 1
     port: 8000
     devices: [/dev/davinci0]
     driver_paths: [/usr/local/bin/npu-smi]
@@ -108,13 +109,6 @@ def read(path: str) -> str:
             return file.read()
     except OSError:
         return ""
-
-
-def free_bytes(path: str) -> int:
-    """Free space where ``path`` is, or where it would be made."""
-    while not os.path.exists(path):
-        path = os.path.dirname(path)
-    return shutil.disk_usage(path).free
 
 
 # --- processes --------------------------------------------------------------------------------------------

@@ -46,7 +46,10 @@ def default(name: str, text: str) -> list[str]:
 
 
 def free_gb(folder: Path) -> float:
-    """Free space where ``folder`` is, or where it would be made."""
+    """Free space where ``folder`` is, or where it would be made.
+
+    As the roles' module_utils/disk.py, which cannot be had here: nothing is installed yet.
+    """
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(str(folder)).free / 1e9

@@ -377,7 +377,16 @@ def main() -> None:
         supports_check_mode=True,
     )
     states = {"described": described, "staged": staged, "active": active, "good": good}
-    module.exit_json(**states[module.params["state"]](module, Service(module.params["service"])))
+    service = Service(module.params["service"])
+    try:
+        result = states[module.params["state"]](module, service)
+    except OSError as error:
+        folder = os.path.dirname(error.filename or service.store.folder)
+        module.fail_json(
+            msg=f"Expected to write what a release needs; found {error}.\n"
+            f"Fix: make room or the folder writable (`df -h {folder}`), then run the play again."
+        )
+    module.exit_json(**result)
 
 
 if __name__ == "__main__":

@@ -90,11 +90,16 @@ class Store:
         return next((release for release in self.all() if release.good_at), None)
 
     def stage(self, identifier: str, unit: str, environment: str, record: Dict[str, Any]) -> None:
+        """Keeps a release.  Raises ``OSError``, of a full disk for one, and leaves nothing of it then."""
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         folder = tempfile.mkdtemp(dir=self.folder, prefix=".staging-")
         files = {"unit": unit, "environment": environment, "release.json": json.dumps(record, indent=2) + "\n"}
-        for name, content in files.items():
-            write_atomically(os.path.join(folder, name), content, 0o600)
+        try:
+            for name, content in files.items():
+                write_atomically(os.path.join(folder, name), content, 0o600)
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
         # What is there under this id is damaged: a complete one is not staged again.
         shutil.rmtree(self.path(identifier), ignore_errors=True)
         os.rename(folder, self.path(identifier))

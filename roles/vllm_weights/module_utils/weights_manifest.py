@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Dict, List, Mapping, Optional, Tuple
+
+from ansible.module_utils.disk import free_bytes
 
 #: What may not be unlisted, because the engine or its libraries could load it.
 LOADABLE = (".safetensors", ".json", ".jinja", ".py", ".txt", ".model", ".tiktoken")
@@ -141,10 +142,8 @@ def bytes_on_disk(folder: Path) -> int:
 
 def room_bytes(partial: Path) -> int:
     """Bytes that a model in ``partial`` may have: what is free where it is or will be, and what it has already."""
-    place = partial
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(str(place)).free + bytes_on_disk(partial)
+    free: int = free_bytes(str(partial))
+    return free + bytes_on_disk(partial)
 
 
 # --- hashes -----------------------------------------------------------------------------------------------
