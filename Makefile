@@ -3,6 +3,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
+# Which of the long tests; CI has no time for those marked nightly.
+LONG := long
 STATIC_LOG := .venv/static.log
 LAB := $(BIN)/ansible-playbook -i inventory/lab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -38,8 +40,8 @@ test-fast: .venv/dev  ## tests without root or lab; no network once .venv is mad
 test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab
 
-test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (30 min)
-	pytest -q -m long tests/lab
+test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (45 min)
+	pytest -q -m "$(LONG)" tests/lab
 
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)
 	pytest -q tests/browser
