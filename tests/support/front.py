@@ -7,7 +7,6 @@ import http.client
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import socketserver
@@ -25,7 +24,8 @@ from typing import Any
 import wait_ready
 from rendering import HostVariables
 
-#: The user of the distribution's package, as in the unit.
+#: The program and the user of the distribution's package, as in the unit.
+PROGRAM = "/usr/sbin/haproxy"
 USER = "haproxy"
 SECONDS = 20.0
 KEYS = {"validation": "v" * 32, "alice": "alice." + "a" * 32, "bob": "bob/" + "b" * 32}
@@ -155,7 +155,7 @@ class Front:
         with self.log.open("wb") as log:
             # As the unit does; for root, so that the socket's permissions count.
             self._process = subprocess.Popen(
-                ["haproxy", "-Ws", "-f", str(self.folder / "haproxy.cfg")],
+                [PROGRAM, "-Ws", "-f", str(self.folder / "haproxy.cfg")],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd="/",
@@ -170,7 +170,7 @@ class Front:
         """As ExecReload does: checked, then taken over by a new process."""
         assert self._process
         self.write()
-        subprocess.run(["haproxy", "-c", "-q", "-f", str(self.folder / "haproxy.cfg")], check=True)
+        subprocess.run([PROGRAM, "-c", "-q", "-f", str(self.folder / "haproxy.cfg")], check=True)
         self._signal(signal.SIGUSR2, b"RELOADING=1")
         self._ready()
 
@@ -265,7 +265,7 @@ def requirement() -> None:
     missing = []
     if os.geteuid() != 0:
         missing.append("root, to run HAProxy as its own user")
-    if not shutil.which("haproxy", path=os.environ["PATH"] + ":/usr/sbin"):
+    if not Path(PROGRAM).exists():
         missing.append("HAProxy: apt-get install -y haproxy")
     else:
         try:
