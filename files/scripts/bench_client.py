@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from api_key import api_key
 from bench_reply import ProtocolError, Reply
 
 READ_BYTES = 65536
@@ -88,10 +89,10 @@ def connect(url: str) -> tuple[Target, socket.socket]:
 def encode(target: Target, body: bytes | None, path: str | None = None) -> bytes:
     """A whole request, ready to be sent as often as wanted: POST with a JSON ``body``, GET without.
 
-    The key of a guarded service is taken from ``VLLM_API_KEY``, as ``chat_api`` does.
+    The key of a guarded service is taken from the environment, see ``api_key.py``.
     """
     lines = [f"{'GET' if body is None else 'POST'} {path or target.path} HTTP/1.1", f"Host: {target.host}"]
-    if key := os.environ.get("VLLM_API_KEY"):
+    if key := api_key():
         lines.append(f"Authorization: Bearer {key}")
     if body is not None:
         lines += ["Content-Type: application/json", f"Content-Length: {len(body)}"]

@@ -1,19 +1,19 @@
 """A minimal client of vLLM's OpenAI-compatible HTTP API, shared by smoke.py and inference.py.
 
-The key of a guarded service is taken from the environment variable ``VLLM_API_KEY``, the one vLLM itself
-reads, so that it never appears in an argument list or in a report.
+The key of a guarded service is taken from the environment, see ``api_key.py``.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
 
 import requests
 from urllib3.exceptions import MaxRetryError
+
+from api_key import api_key
 
 CONNECT_TIMEOUT_SECONDS = 10.0
 
@@ -57,7 +57,7 @@ def send(url: str, payload: dict[str, Any] | None = None, *, timeout_seconds: fl
     Raises ``UnreachableError`` without a connection (or for an invalid URL) and ``NoReplyError`` when the
     connection ends, or ``timeout_seconds`` pass, before the reply is complete.
     """
-    headers = {"Authorization": f"Bearer {key}"} if (key := os.environ.get("VLLM_API_KEY")) else {}
+    headers = {"Authorization": f"Bearer {key}"} if (key := api_key()) else {}
     timeout = (min(CONNECT_TIMEOUT_SECONDS, timeout_seconds), timeout_seconds)
     with requests.Session() as session:
         session.trust_env = False  # A proxy of the environment must not answer in place of the service.

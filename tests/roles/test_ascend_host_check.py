@@ -169,6 +169,7 @@ def arguments(tmp_path: Path, script: Callable[[str, str], Path]) -> dict[str, A
         "state_path": str(tmp_path / "not" / "made" / "yet"),
         "state_space_gib": 0,
         "port": 1,
+        "front_unit": "glm-ocr-front.service",
         "devices": ["/dev/davinci0", "/dev/davinci1"],
         "driver_paths": [str(tmp_path / "npu-smi"), str(tmp_path / "version.info")],
         "driver_versions": ["25.2"],
@@ -251,6 +252,19 @@ def test_what_our_own_container_holds_is_no_conflict(
     docker(script, container=OURS)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert look({**arguments, "memory_gib": 2**20, "port": listener.getsockname()[1]}) == {}
+
+
+def test_what_our_front_holds_is_no_conflict(
+    look: Look, arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This process plays the front: its unit is the one that its cgroup names."""
+    read = module.read
+    cgroup = f"/proc/{os.getpid()}/cgroup"
+    unit = "0::/system.slice/glm-ocr-front.service\n"
+    monkeypatch.setattr(module, "read", lambda path: unit if path == cgroup else read(path))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert look({**arguments, "port": listener.getsockname()[1]}) == {}
+        assert set(look({**arguments, "port": listener.getsockname()[1], "front_unit": "x.service"})) == {"HOST_PORT"}
 
 
 @pytest.mark.parametrize("labels", [None, {"maintainer": "x"}])

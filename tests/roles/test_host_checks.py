@@ -180,3 +180,17 @@ def test_memory_is_read_from_meminfo() -> None:
     assert host.memory_bytes(meminfo, "MemAvailable") == 20 * GIB
     with pytest.raises(ValueError, match="MemFree"):
         host.memory_bytes(meminfo, "MemFree")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "ours"),
+    [
+        ("0::/system.slice/glm-ocr-front.service\n", True),
+        ("3:cpu:/\n1:name=systemd:/system.slice/glm-ocr-front.service\n", True),
+        ("0::/system.slice/haproxy.service\n", False),
+        ("0::/system.slice/x-glm-ocr-front.service\n", False),
+        ("", False),
+    ],
+)
+def test_the_fronts_processes_are_told_by_their_unit(cgroup: str, ours: bool) -> None:
+    assert host.of_unit(cgroup, "glm-ocr-front.service") is ours

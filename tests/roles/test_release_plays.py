@@ -174,6 +174,47 @@ def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
     assert "HTTP Error 501" in asked.output, "it was asked, and knows no metrics"
 
 
+# --- the front --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sockets", "expected"),
+    [
+        ({OLD: "", NEW: "/run/glm-ocr/engine.sock"}, ["stop glm-ocr-front", "restart glm-ocr"]),
+        ({OLD: "/run/glm-ocr/engine.sock", NEW: ""}, ["restart glm-ocr", "start glm-ocr-front"]),
+        ({OLD: "", NEW: ""}, ["restart glm-ocr"]),
+    ],
+)
+def test_the_port_is_handed_over_between_engine_and_front(
+    sockets: dict[str, str], expected: list[str], host: Host
+) -> None:
+    """A rollback to a release of the other exposure: whoever has the port leaves it first."""
+    (host.folder / "front.service").touch()
+    for release, socket in sockets.items():
+        shutil.rmtree(host.store.path(release))
+        host.stage(release, socket=socket)
+        host.store.mark_good(release)
+    os.utime(host.store.path(OLD, "good"), (1, 1))
+    # What the stand-in for systemctl says of any unit: that it runs when the container does.
+    (host.folder / "stopped").write_text("glm-ocr-front" if sockets[OLD] else "")
+    played = host.play("playbooks/rollback.yml", __ocr_front_unit=str(host.folder / "front.service"))
+    assert played.rc == 0
+    verbs = ("restart", "start", "stop")
+    asked = [call.split()[1:] for call in host.calls("systemctl") if call.split()[1] in verbs]
+    assert [" ".join(call).removesuffix(".service") for call in asked] == expected
+
+
+def test_a_drain_closes_the_engine_to_the_front_first(host: Host, tmp_path: Path) -> None:
+    path = tmp_path / "engine.sock"
+    path.touch(0o660)
+    shutil.rmtree(host.store.path(NEW))
+    host.stage(NEW, socket=str(path))
+    played = host.play("playbooks/drain.yml", glm_ocr_engine_socket=str(path), vllm_service_drain_timeout_seconds=0)
+    assert played.rc == 0
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert len(host.calls("systemctl stop glm-ocr")) == 1
+
+
 # --- the weights of a release -----------------------------------------------------------------------------
 
 

@@ -2,8 +2,8 @@
 """A stand-in for systemctl, docker and journalctl of one host: the command is the name it is called by.
 
 The folder above the one this file was copied into is the host: ``unit`` is the installed unit, ``container.json``
-what runs, ``bad`` names a release that does not start and ``blind`` one that does not read, ``calls`` gets a line per
-command.
+what runs, ``bad`` names a release that does not start and ``blind`` one that does not read, ``stopped`` a unit that
+does not run beside the service, ``calls`` gets a line per command.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ def run_container(release: str) -> None:
 def systemctl(arguments: list[str]) -> int:
     verb = arguments[0]
     if verb == "show":
-        print(f"LoadState=loaded\nActiveState={'active' if CONTAINER.exists() else 'failed'}\nUnitFileState=enabled")
+        stopped = (HOST / "stopped").read_text().split() if (HOST / "stopped").exists() else []
+        active = CONTAINER.exists() and not {word.removesuffix(".service") for word in arguments} & set(stopped)
+        print(f"LoadState=loaded\nActiveState={'active' if active else 'failed'}\nUnitFileState=enabled")
+    elif arguments[-1].removesuffix(".service").endswith("-front"):
+        return 0
     elif verb in ("start", "restart") and (verb == "restart" or not CONTAINER.exists()):
         CONTAINER.unlink(missing_ok=True)
         found = re.search(r"--label glm-ocr.release=(\S+)", (HOST / "unit").read_text())

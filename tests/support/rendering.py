@@ -20,7 +20,7 @@ def deploy_task(role: str) -> dict[str, Any]:
     """The task of the deployment that runs a role."""
     *_, play = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
     (block,) = [task["block"] for task in play["tasks"] if "block" in task]
-    (task,) = [task for task in block if task["ansible.builtin.import_role"] == {"name": role}]
+    (task,) = [task for task in block if task.get("ansible.builtin.import_role") == {"name": role}]
     return dict(task)
 
 
@@ -42,10 +42,10 @@ class HostVariables:
         variables = VariableManager(loader=self.loader, inventory=manager)
         host = manager.get_host("npu-01")
         self.values: dict[str, Any] = {}
-        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_probe", "vllm_service"):
+        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_probe", "vllm_service", "ocr_front"):
             self.values |= self.load(ROLES / role / "defaults" / "main.yml")
         self.values |= variables.get_vars(host=host)
-        for role in ("glm_ocr", "vllm_image", "vllm_service"):
+        for role in ("glm_ocr", "vllm_image", "vllm_service", "ocr_front"):
             self.values |= self.load(ROLES / role / "vars" / "main.yml")
         self.values |= {
             "vllm_image_id": "sha256:" + "0" * 64,

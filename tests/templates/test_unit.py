@@ -16,22 +16,10 @@ import guard_inputs
 import vllm_release
 from rendering import PROJECT, HostVariables, deploy_task
 from request_guard.limits import Limits
+from unit_file import exec_start, serve_command
 
 GOLDEN = Path(__file__).parent / "golden"
 SEED = (Path(__file__).parent / "seed_command.sh").read_text()
-
-
-def exec_start(unit: str) -> list[str]:
-    """The arguments systemd passes on: continued lines joined, quotes removed, %% and $$ undoubled."""
-    joined = unit.replace("\\\n", " ")
-    (line,) = [line for line in joined.splitlines() if line.startswith("ExecStart=")]
-    words = shlex.split(line.removeprefix("ExecStart="))
-    return [word.replace("%%", "%").replace("$$", "$") for word in words]
-
-
-def serve_command(unit: str) -> list[str]:
-    words = exec_start(unit)
-    return words[words.index("vllm") :]
 
 
 def options(arguments: list[str]) -> dict[str, str | None]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import grp
 import json
+import os
+import socketserver
+import stat
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 import pytest
 
@@ -55,3 +64,54 @@ def test_an_engine_that_ended_is_not_waited_for(closed_url: str, monkeypatch: py
     ended.wait()
     monkeypatch.setenv("MAINPID", str(ended.pid))
     assert waited(closed_url, monkeypatch, timeout="900") == 1
+
+
+@contextmanager
+def engine_at(path: Path, status: int) -> Iterator[None]:
+    """An engine that listens on a Unix socket, for its own user alone, and generates or does not."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(GENERATED.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    with socketserver.UnixStreamServer(str(path), Handler) as server:
+        path.chmod(0o600)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+
+
+def waited_behind_the_front(path: Path, group: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    # A URL that nothing answers at: the socket is asked, whatever the front speaks.
+    arguments = ["--url", "https://127.0.0.1:1", "--model", "glm-ocr", "--timeout", "0"]
+    monkeypatch.setattr("sys.argv", ["wait_ready.py", *arguments, "--socket", str(path), "--open-to", group])
+    return wait_ready.main()
+
+
+@pytest.mark.parametrize(("status", "exit_status", "mode"), [(200, 0, 0o660), (503, 2, 0o600)])
+def test_the_socket_is_open_to_the_front_once_it_generates_and_not_before(
+    status: int, exit_status: int, mode: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = grp.getgrgid(os.getgid()).gr_name
+    with engine_at(tmp_path / "s", status):
+        assert waited_behind_the_front(tmp_path / "s", group, monkeypatch) == exit_status
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == mode
+
+
+def test_a_front_without_its_group_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with engine_at(tmp_path / "s", 200):
+        assert waited_behind_the_front(tmp_path / "s", "no-such-group", monkeypatch) == 3
+    assert "to the group no-such-group; found: " in capsys.readouterr().err
+
+
+def test_an_engine_without_a_socket_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waited_behind_the_front(tmp_path / "absent", "root", monkeypatch) == 2

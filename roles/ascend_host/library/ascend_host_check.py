@@ -36,6 +36,7 @@ options:
   state_path: {type: str, required: true, description: Folder of releases, caches and builds.}
   state_space_gib: {type: int, required: true, description: "Free space that folder needs, in GiB."}
   port: {type: int, required: true, description: TCP port that must be free or ours.}
+  front_unit: {type: str, required: true, description: Unit of our front, which may hold the port as well.}
   devices: {type: list, elements: str, required: true, description: Device nodes that must exist.}
   driver_paths: {type: list, elements: str, required: true, description: Driver files that must exist.}
   driver_versions: {type: list, elements: str, required: true, description: Releases of Ascend HDK the image supports.}
@@ -63,6 +64,7 @@ EXAMPLES = r"""
     state_path: /var/lib/glm-ocr
     state_space_gib: 1
     port: 8000
+    front_unit: glm-ocr-front.service
     devices: [/dev/davinci0]
     driver_paths: [/usr/local/bin/npu-smi]
     driver_versions: ["25.5"]
@@ -277,7 +279,12 @@ def look(arguments: Dict[str, Any]) -> List[Finding]:
     state, needed = arguments["state_path"], arguments["state_space_gib"]
     what = "releases, caches and builds"
     findings += host.check_space(what, state, free_bytes(state), needed, "ascend_host_state_space_gib")
-    findings += host.check_port(arguments["port"], port_holders(arguments["port"]), own_pid)
+    holders = [
+        holder
+        for holder in port_holders(arguments["port"])
+        if not host.of_unit(read(f"/proc/{holder.pid}/cgroup"), arguments["front_unit"])
+    ]
+    findings += host.check_port(arguments["port"], holders, own_pid)
     return findings
 
 
@@ -294,6 +301,7 @@ def main() -> None:
             "state_path": {"type": "str", "required": True},
             "state_space_gib": {"type": "int", "required": True},
             "port": {"type": "int", "required": True},
+            "front_unit": {"type": "str", "required": True},
             "devices": {"type": "list", "elements": "str", "required": True},
             "driver_paths": {"type": "list", "elements": "str", "required": True},
             "driver_versions": {"type": "list", "elements": "str", "required": True},

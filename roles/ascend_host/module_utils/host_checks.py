@@ -298,6 +298,11 @@ def container_id(cgroup: str) -> str:
     return found[-1] if found else ""
 
 
+def of_unit(cgroup: str, unit: str) -> bool:
+    """Whether the text of /proc/PID/cgroup is that of a process of the systemd unit."""
+    return any(line.endswith(f"/{unit}") for line in cgroup.splitlines())
+
+
 def memory_bytes(meminfo: str, field: str) -> int:
     """A field of /proc/meminfo, which counts in KiB.  Raises ``ValueError``."""
     match = re.search(rf"^{field}:\s+(\d+) kB$", meminfo, re.MULTILINE)

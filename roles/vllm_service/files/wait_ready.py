@@ -3,29 +3,66 @@
 
     wait_ready.py --url http://127.0.0.1:8000 --model glm-ocr --timeout 900
 
+Behind a front the engine is asked at its Unix socket, which is then opened to the front's group: no client gets through
+before.
+
+    wait_ready.py ... --socket /run/glm-ocr/engine.sock --open-to haproxy
+
 As ExecStartPost it also ends as soon as the unit's main process ($MAINPID) is gone.
-Exit 0 generated, 1 the main process is gone, 2 not within the timeout.  Standard library only: it runs on the host.
+Exit 0 generated, 1 the main process is gone, 2 not within the timeout, 3 the socket could not be opened to the group.
+Standard library only: it runs on the host.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+import http.client
 import json
 import os
+import shutil
+import socket
 import sys
 import time
 import urllib.error
 import urllib.request
+from typing import Any
 
 
-def generates(url: str, model: str, timeout: float) -> str:
+class UnixConnection(http.client.HTTPConnection):
+    """To a Unix socket at ``path``, whatever the URL's host is."""
+
+    def __init__(self, host: str, path: str, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class UnixHandler(urllib.request.HTTPHandler):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._connection: Any = functools.partial(UnixConnection, path=path)
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+
+def generates(url: str, model: str, timeout: float, socket_path: str = "") -> str:
     """Ask for one token.  Returns "" when it came, else what came instead."""
     body = {"model": model, "messages": [{"role": "user", "content": "OK"}], "max_tokens": 1, "temperature": 0}
+    # With a socket the URL's scheme and host are names alone, and the front's TLS is not the engine's.
     request = urllib.request.Request(
-        url + "/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        ("http://engine" if socket_path else url) + "/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
     )
     # The service is on this host: a proxy of the environment must not see the request.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers = [urllib.request.ProxyHandler({}), *([UnixHandler(socket_path)] if socket_path else [])]
+    opener = urllib.request.build_opener(*handlers)
     try:
         with opener.open(request, timeout=timeout) as response:
             tokens = json.load(response)["usage"]["completion_tokens"]
@@ -36,19 +73,32 @@ def generates(url: str, model: str, timeout: float) -> str:
     return "" if tokens >= 1 else "no token was generated"
 
 
+def open_to(path: str, group: str) -> int:
+    """Let the processes of ``group`` connect to the socket: exit status 0, or 3 when that failed."""
+    try:
+        shutil.chown(path, group=group)
+        os.chmod(path, 0o660)
+    except (OSError, LookupError) as error:
+        print(f"expected to open {path} to the group {group}; found: {error}", file=sys.stderr)
+        return 3
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", required=True, help="base URL of the service")
     parser.add_argument("--model", required=True, help="served model name")
     parser.add_argument("--timeout", type=float, required=True, help="seconds")
+    parser.add_argument("--socket", default="", help="the engine's Unix socket, asked instead of the URL")
+    parser.add_argument("--open-to", default="", help="group that may connect to the socket once it generates")
     arguments = parser.parse_args()
     main_process = os.environ.get("MAINPID")
     end = time.monotonic() + arguments.timeout
     while True:
         remaining = end - time.monotonic()
-        answer = generates(arguments.url, arguments.model, max(remaining, 1.0))
+        answer = generates(arguments.url, arguments.model, max(remaining, 1.0), arguments.socket)
         if not answer:
-            return 0
+            return open_to(arguments.socket, arguments.open_to) if arguments.open_to else 0
         if main_process and not os.path.exists(f"/proc/{main_process}"):
             print("the engine ended before it could generate; its own messages are above", file=sys.stderr)
             return 1

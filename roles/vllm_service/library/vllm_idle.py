@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import functools
+import http.client
 import re
+import socket as sockets
 import time
 import urllib.error
 import urllib.request
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 
@@ -19,6 +22,7 @@ description:
   - A service that does not listen has nothing in flight.
 options:
   url: {type: str, required: true, description: Base URL of the service.}
+  socket: {type: str, default: "", description: The engine's Unix socket behind the front, which is asked instead.}
   timeout: {type: float, required: true, description: Seconds to wait at most; in check mode it asks once.}
 author: [glm-ocr-ascend]
 """
@@ -51,26 +55,50 @@ def in_flight(metrics: str) -> Tuple[Optional[int], str]:
     return sum(counts.values()), "{running} running, {waiting} waiting".format(**counts)
 
 
-def ask(url: str, timeout: float) -> Tuple[Optional[int], str]:
+class UnixConnection(http.client.HTTPConnection):
+    """To a Unix socket at ``path``, whatever the URL's host is."""
+
+    def __init__(self, host: str, path: str, **options: Any) -> None:
+        super().__init__(host, **options)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = sockets.socket(sockets.AF_UNIX)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+class UnixHandler(urllib.request.HTTPHandler):
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self._connection: Any = functools.partial(UnixConnection, path=path)
+
+    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(self._connection, request)
+
+
+def ask(url: str, timeout: float, socket: str = "") -> Tuple[Optional[int], str]:
     # The service is on this host: a proxy of the environment must not see the question.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    handlers = [urllib.request.ProxyHandler({}), *([UnixHandler(socket)] if socket else [])]
+    opener = urllib.request.build_opener(*handlers)
     try:
-        with opener.open(url + "/metrics", timeout=timeout) as response:
+        # With a socket the URL's scheme and host are names alone, and the front's TLS is not the engine's.
+        with opener.open(("http://engine" if socket else url) + "/metrics", timeout=timeout) as response:
             return in_flight(response.read().decode(errors="replace"))
     except urllib.error.URLError as error:
-        if isinstance(error.reason, ConnectionRefusedError):
+        if isinstance(error.reason, (ConnectionRefusedError, FileNotFoundError)):
             return 0, "nothing listens"
         return None, str(error)
     except (OSError, ValueError) as error:
         return None, str(error)
 
 
-def wait(url: str, timeout: float) -> Tuple[bool, str]:
+def wait(url: str, timeout: float, socket: str = "") -> Tuple[bool, str]:
     """Whether nothing was in flight within ``timeout`` seconds, and what was found last."""
     end = time.monotonic() + timeout
     while True:
         remaining = end - time.monotonic()
-        requests, found = ask(url, min(max(remaining, 1.0), QUESTION_SECONDS))
+        requests, found = ask(url, min(max(remaining, 1.0), QUESTION_SECONDS), socket)
         if requests == 0 or remaining <= 0:
             return requests == 0, found
         time.sleep(min(0.5, remaining))
@@ -78,11 +106,16 @@ def wait(url: str, timeout: float) -> Tuple[bool, str]:
 
 def main() -> None:
     module = AnsibleModule(
-        argument_spec={"url": {"type": "str", "required": True}, "timeout": {"type": "float", "required": True}},
+        argument_spec={
+            "url": {"type": "str", "required": True},
+            "socket": {"type": "str", "default": ""},
+            "timeout": {"type": "float", "required": True},
+        },
         supports_check_mode=True,
     )
     started = time.monotonic()
-    idle, found = wait(module.params["url"], 0.0 if module.check_mode else module.params["timeout"])
+    timeout = 0.0 if module.check_mode else module.params["timeout"]
+    idle, found = wait(module.params["url"], timeout, module.params["socket"])
     module.exit_json(changed=False, idle=idle, found=found, seconds=round(time.monotonic() - started, 1))
 
 

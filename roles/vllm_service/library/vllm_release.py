@@ -70,6 +70,7 @@ author: [glm-ocr-ascend]
 
 RETURN = r"""
 installed: {type: str, returned: always, description: Id of the release whose unit is installed, or empty.}
+installed_socket: {type: str, returned: always, description: The socket of that release behind the front, or empty.}
 running: {type: str, returned: always, description: Id of the release whose container runs, or empty.}
 image_id: {type: str, returned: always, description: Image of the container that runs, or empty.}
 release: {type: str, returned: when staged, description: "C(release), so that it need not be computed again"}
@@ -178,8 +179,11 @@ class Service:
     def identity(self, container: Dict[str, Any], release: Optional[str]) -> Dict[str, Any]:
         """What is true of the service whose running container is ``container``, and of the release of that id."""
         last_good = self.store.last_good()
+        installed = release_of_unit(read(self.unit_path), self.options["label"])
+        kept = self.store.get(installed) if installed else None
         return {
-            "installed": release_of_unit(read(self.unit_path), self.options["label"]),
+            "installed": installed,
+            "installed_socket": kept.record.get("socket", "") if kept else "",
             "running": ((container.get("Config") or {}).get("Labels") or {}).get(self.options["label"], ""),
             "image_id": container.get("Image", ""),
             "last_good": last_good.id if last_good else "",

@@ -1,0 +1,195 @@
+"""The role on this machine, with HAProxy itself and a stand-in for systemd that does what the unit says."""
+
+from __future__ import annotations
+
+import grp
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from front import KEYS, USER, running, serving
+from playing import HERE, Played, installed_scripts, play, stub
+from rendering import PROJECT
+
+ENGINE = PROJECT / "tests" / "support" / "running_engine.py"
+
+#: Runs the shell lines of the installed unit that go with a verb; ``active`` is there while it "runs", ``calls`` has
+#: the verbs, and with ``broken`` they fail.
+SYSTEMCTL = """
+import pathlib, subprocess, sys
+folder, verb = pathlib.Path({folder!r}), sys.argv[1]
+active = folder / "active"
+if verb == "show":
+    state = "active" if active.exists() else "inactive"
+    print(f"LoadState=loaded\\nActiveState={{state}}\\nUnitFileState=enabled")
+elif verb == "is-active":
+    sys.exit(0 if active.exists() else 3)
+elif verb in ("start", "restart", "reload"):
+    print(verb, file=(folder / "calls").open("a"))
+    if (folder / "broken").exists():
+        sys.exit("broken")
+    active.touch()
+    wanted = "ExecReload=/bin/sh -c " if verb == "reload" else "ExecStartPost=/bin/sh -c "
+    for line in (folder / "front.service").read_text().splitlines():
+        if line.startswith(wanted):
+            subprocess.run(["/bin/sh", "-c", line.removeprefix(wanted).strip("'")], check=True)
+elif verb == "stop":
+    active.unlink()
+"""
+
+
+class Host:
+    """This machine as a host with a front."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        (folder / "systemctl.py").write_text(SYSTEMCTL.format(folder=str(folder)))
+        stub(folder / "bin", "systemctl", f'exec {sys.executable} {folder}/systemctl.py "$@"')
+        self.variables: dict[str, Any] = HERE | {"glm_ocr_exposure": "front", "glm_ocr_keys": dict(KEYS)}
+
+    def play(self, *options: str, playbook: str = "playbooks/front_keys.yml") -> Played:
+        inner = {
+            "__ocr_front_dir": str(self.folder / "etc"),
+            "__ocr_front_unit": str(self.folder / "front.service"),
+            "__ocr_front_loaded": str(self.folder / "loaded"),
+            "__ocr_front_started": str(self.folder / "started"),
+            "__deploy_lock_path": str(self.folder / "lock"),
+        }
+        return play(self.folder, playbook, {"npu-01": self.variables}, "-e", json.dumps(inner), *options)
+
+    def start(self) -> None:
+        tasks = [
+            {"ansible.builtin.import_role": {"name": role}} | more
+            for role, more in (("glm_ocr", {}), ("ocr_front", {"when": False}))
+        ]
+        tasks.append({"ansible.builtin.include_role": {"name": "ocr_front", "tasks_from": "start"}})
+        path = self.folder / "start.yml"
+        path.write_text(yaml.safe_dump([{"hosts": "ascend910", "gather_facts": False, "tasks": tasks}]))
+        assert self.play(playbook=str(path)).rc == 0
+
+    def calls(self) -> list[str]:
+        calls = self.folder / "calls"
+        return calls.read_text().split() if calls.exists() else []
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    return Host(tmp_path)
+
+
+def test_check_mode_on_a_fresh_host_writes_nothing(host: Host) -> None:
+    assert host.play("--check", "--diff").rc == 0
+    assert not [name for name in ("etc", "front.service", "calls") if (host.folder / name).exists()]
+
+
+def test_keys_are_rotated_by_a_reload_that_is_never_forgotten(host: Host) -> None:
+    first = host.play("-vvv", "--diff")
+    assert first.rc == 0
+    assert host.calls() == [], "its port may still be the engine's"
+    host.start()
+    again = host.play()
+    assert (again.rc, again.recap("npu-01")["changed"]) == (0, 0)
+    assert host.calls() == ["start"]
+
+    modes = {
+        path.name: (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) for path in (host.folder / "etc").iterdir()
+    }
+    assert modes == dict.fromkeys(("haproxy.cfg", "keys.map"), (0o640, grp.getgrnam(USER).gr_gid))
+    assert stat.S_IMODE((host.folder / "etc").stat().st_mode) == 0o750
+
+    host.variables["glm_ocr_keys"] = KEYS | {"carol": "c" * 40}
+    (host.folder / "broken").touch()
+    assert host.play().rc != 0
+    (host.folder / "broken").unlink()
+    owed = host.play("-vvv", "--diff")
+    assert (owed.rc, owed.recap("npu-01")["changed"]) == (0, 1)
+    assert host.calls() == ["start", "reload", "reload"]
+    assert host.play().recap("npu-01")["changed"] == 0
+
+    shown = [key for key in (*KEYS.values(), "c" * 40) if key in first.output + owed.output]
+    assert shown == []
+
+
+def test_the_switch_shows_what_it_hides(host: Host) -> None:
+    """So that the test above can fail: off, the digests are in the diff."""
+    host.variables["glm_ocr_no_log"] = False
+    assert " alice\n" in host.play("--diff").output
+
+
+def test_another_unit_is_a_restart(host: Host) -> None:
+    assert host.play().rc == 0
+    host.start()
+    host.variables["ocr_front_stop_timeout_seconds"] = 30
+    assert host.play().rc == 0
+    assert host.calls() == ["start", "restart"]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"glm_ocr_keys": {}}, "glm_ocr_keys must name a key"),
+        ({"glm_ocr_keys": {"validation": "short-and-secret"}}, "validation in glm_ocr_keys must be a key of 32 to 256"),
+        ({"glm_ocr_exposure": "direct", "glm_ocr_keys": {}}, "expected glm_ocr_exposure front, found direct"),
+        ({"ocr_front_program": "/bin/true"}, "expected HAProxy 2.4 or newer at /bin/true"),
+        ({"ocr_front_metrics_sources": ["300.0.0.1"]}, "failed to validate"),
+    ],
+)
+def test_what_would_not_guard_is_refused(change: dict[str, Any], complaint: str, host: Host) -> None:
+    assert host.play().rc == 0
+    host.start()
+    before = (host.folder / "etc" / "haproxy.cfg").read_text()
+    host.variables |= change
+    played = host.play("-vvv")
+    assert played.rc != 0
+    assert complaint in " ".join(played.output.replace("\\\n", "").split())
+    assert "short-and-secret" not in played.output
+    assert (host.folder / "etc" / "haproxy.cfg").read_text() == before
+    assert host.calls() == ["start"]
+
+
+def test_the_validation_goes_through_the_front_and_nothing_shows_its_key(tmp_path: Path) -> None:
+    stub(tmp_path / "bin", "docker", f'exec {sys.executable} {ENGINE} {tmp_path} "$@"')
+    (tmp_path / "serving").touch()
+    with running() as front, serving(front.socket) as engine:
+        front.open()
+        variables = HERE | {
+            "glm_ocr_exposure": "front",
+            "glm_ocr_keys": dict(KEYS),
+            "glm_ocr_bind_address": "127.0.0.1",
+            "glm_ocr_port": front.port,
+            "glm_ocr_library_dir": installed_scripts(tmp_path),
+        }
+        played = play(tmp_path, "validate.yml", {"npu-01": variables}, "--tags=ocr_smoke", "-vvv", "--diff")
+        log = front.stop()
+    # The stand-in reads nothing: what counts is that it was asked, by the key's name.
+    assert played.rc != 0
+    assert {path for path, *_ in engine.requests} >= {"/health", "/v1/models", "/v1/chat/completions"}
+    assert "key=validation" in log
+    assert "status=401" not in log
+    reports = "".join(path.read_text() for path in (tmp_path / "reports").rglob("*.json"))
+    everything = played.output + log + reports + (tmp_path / "calls.jsonl").read_text()
+    assert "ocr_smoke" in reports
+    assert KEYS["validation"] not in everything
+
+
+def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> None:
+    stub(tmp_path / "bin", "docker", f'exec {sys.executable} {ENGINE} {tmp_path} "$@"')
+    (tmp_path / "serving").touch()
+    with running() as front, serving(front.socket) as engine:
+        front.open()
+        variables = HERE | {
+            "glm_ocr_exposure": "front",
+            "glm_ocr_keys": {"validation": "n" * 32},
+            "glm_ocr_bind_address": "127.0.0.1",
+            "glm_ocr_port": front.port,
+            "glm_ocr_library_dir": installed_scripts(tmp_path),
+        }
+        played = play(tmp_path, "validate.yml", {"npu-01": variables}, "--tags=ocr_smoke")
+    assert played.rc != 0
+    assert "HTTP 401" in "".join(path.read_text() for path in (tmp_path / "reports").rglob("ocr_smoke.json"))
+    assert not engine.requests
