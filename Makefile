@@ -35,11 +35,11 @@ lint: .venv/dev  ## ansible-lint, yamllint, ruff, mypy: no findings, no skip lis
 	mypy
 
 test-fast: .venv/dev  ## tests without root or lab; no network once .venv is made
-	pytest -q tests/unit tests/templates tests/roles
+	pytest -q -n auto tests/unit tests/templates tests/roles
 
 test-front: .venv/dev  ## the front's tests with HAProxy itself: root, no lab; installs the package
 	@.ci/bootstrap front
-	pytest -q tests/front
+	pytest -q -n auto tests/front
 
 test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab

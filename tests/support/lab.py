@@ -84,14 +84,15 @@ def release(node: Host) -> str:
     return str(node.check_output(f"docker container inspect --format '{label}' glm-ocr"))
 
 
-def chat(url: str, content: Any, max_tokens: int = 128) -> requests.Response:
+def chat(url: str, content: Any, max_tokens: int = 128, key: str = "") -> requests.Response:
     body = {
         "model": "glm-ocr",
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": max_tokens,
     }
-    return requests.post(f"{url}/v1/chat/completions", json=body, timeout=60)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return requests.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
 
 
 def latest_report(name: str = NODE) -> Path:

@@ -16,21 +16,28 @@ COMPLETE = ("stop", "length")
 
 @dataclass
 class Ledger:
-    """``complete`` and ``refused`` count requests; ``lost`` tells those that ended as 200 without being complete."""
+    """``complete`` and ``refused`` count requests; ``lost`` tells those that ended as 200 without being complete.
 
+    ``key`` is the one to send, if any; ``retry_after`` has what each 503 said of it.
+    """
+
+    key: str = ""
     complete: int = 0
     refused: int = 0
     lost: list[str] = field(default_factory=list)
+    retry_after: list[str | None] = field(default_factory=list)
 
     def account(self, number: int, url: str) -> bool:
         """Sends one request; whether it was complete.  One that was refused is the sender's to repeat."""
         try:
-            reply = chat(url, f"request {number}", max_tokens=8)
+            reply = chat(url, f"request {number}", max_tokens=8, key=self.key)
         except requests.RequestException:
             self.refused += 1
             return False
         if reply.status_code != 200:
             self.refused += 1
+            if reply.status_code == 503:
+                self.retry_after.append(reply.headers.get("Retry-After"))
             return False
         choice = reply.json()["choices"][0]
         if choice["finish_reason"] not in COMPLETE:
@@ -41,9 +48,9 @@ class Ledger:
 
 
 @contextmanager
-def ledger(url: str) -> Iterator[Ledger]:
+def ledger(url: str, key: str = "") -> Iterator[Ledger]:
     """Sends one request after the other, each until it is complete, as long as the block runs."""
-    book, end = Ledger(), threading.Event()
+    book, end = Ledger(key), threading.Event()
 
     def send() -> None:
         number = 0

@@ -1,0 +1,241 @@
+"""The front and the request guard before real vLLM: who gets in, what gets through, and who sees a key."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import socket
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import requests
+from testinfra.host import Host
+
+from guard_inputs import BAD, CHAT, GOOD, Bad
+from lab import INVENTORY, Play, Played, chat, container_start, latest_report
+from ledger import ledger
+from rendering import PROJECT
+
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
+
+SOCKET = "/run/glm-ocr/engine.sock"
+#: How long a refusal may take, and by how much all of them together may make the engine grow.
+REFUSAL_SECONDS, GROWTH_BYTES = 1.0, 100e6
+METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, str]:
+    """A key of the validation and two of clients, new for each run."""
+    return {name: secrets.token_hex(24) for name in ("validation", "alice", "bob")}
+
+
+@pytest.fixture(scope="module")
+def choices(keys: dict[str, str]) -> dict[str, Any]:
+    """What the inventory of a guarded site says."""
+    return {"glm_ocr_exposure": "front", "glm_ocr_keys": keys, "vllm_service_guard": True}
+
+
+@pytest.fixture(scope="module")
+def guarded(deployed: Played, choices: dict[str, Any], play: Play) -> Played:
+    result = play("deploy.yml", **choices)
+    assert result.rc == 0, result.failures
+    return result
+
+
+def test_a_second_run_changes_nothing(guarded: Played, choices: dict[str, Any], node: Host, play: Play) -> None:
+    before = container_start(node)
+    again = play("deploy.yml", **choices)
+    assert (again.rc, again.changed) == (0, 0), again.failures
+    assert container_start(node) == before
+    checked = play("deploy.yml", check=True, **choices)
+    assert (checked.rc, checked.changed) == (0, 0), checked.failures
+
+
+def test_the_engine_has_no_network_and_all_stages_pass(
+    guarded: Played, choices: dict[str, Any], node: Host, play: Play
+) -> None:
+    network = node.check_output("docker container inspect --format '{{.HostConfig.NetworkMode}}' glm-ocr")
+    assert network == "none"
+    assert "haproxy" in node.check_output("ss --listening --tcp --numeric --processes 'sport = :8000'")
+    validated = play("validate.yml", **choices)
+    report = json.loads((latest_report() / "report.json").read_text())
+    assert {name: stage and stage["verdict"] for name, stage in report["stages"].items()} == dict.fromkeys(
+        report["stages"], "PASS"
+    )
+    assert validated.rc == 0, validated.failures
+
+
+def test_no_key_no_inference(guarded: Played, node: Host, url: str, keys: dict[str, str]) -> None:
+    """Every route of the engine's own list, and those that it does not list."""
+    listed = json.loads(node.check_output(f"curl --silent --unix-socket {SOCKET} http://localhost/openapi.json"))
+    unlisted = ["/invocations", "/ping", "/metrics", "/docs", "/openapi.json", "/v1/../v1/chat/completions"]
+    routes = {path: [method for method in METHODS if method in item] for path, item in listed["paths"].items()}
+    routes |= {path: ["get", "post"] for path in unlisted if path not in routes}
+    assert len(routes) > 20
+    body = {"model": "glm-ocr", "prompt": "OK", "messages": [{"role": "user", "content": "OK"}], "max_tokens": 1}
+    for credentials in ({}, {"Authorization": "Bearer " + "x" * 48}, {"Authorization": keys["alice"]}):
+        for path, methods in routes.items():
+            for method in methods:
+                reply = requests.request(method, url + path, json=body, headers=credentials, timeout=10)
+                assert reply.status_code in (401, 404, 405), f"{method} {path}: {reply.status_code}"
+    assert chat(url, "OK", max_tokens=1, key=keys["alice"]).status_code == 200
+
+
+def memory(node: Host) -> int:
+    """Bytes that the engine's cgroup holds, without what the kernel keeps of files."""
+    folder = node.check_output("docker container inspect --format '{{.Id}}' glm-ocr")
+    stat = node.check_output(f"cat $(find /sys/fs/cgroup -path '*{folder}*' -name memory.stat | head -n 1)")
+    return sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("anon", "total_rss"))
+
+
+def send(url: str, bad: Bad, key: str) -> tuple[int, float]:
+    headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
+    started = time.monotonic()
+    reply = requests.post(url + bad.path, data=bad.body, headers=headers, timeout=30)
+    return reply.status_code, time.monotonic() - started
+
+
+def test_bad_input_is_refused_and_a_second_client_loses_nothing(
+    guarded: Played, node: Host, url: str, keys: dict[str, str]
+) -> None:
+    assert len(BAD) >= 60
+    before = memory(node)
+    with ledger(url, keys["bob"]) as book:
+        answers = {bad.name: (bad, *send(url, bad, keys["validation"])) for bad in BAD}
+    grown = memory(node) - before
+    # The front has no route to what the guard would refuse by its path.
+    wrong = {
+        name: (bad.status, status)
+        for name, (bad, status, _) in answers.items()
+        if status != bad.status and (bad.path == CHAT or status != 404)
+    }
+    assert wrong == {}
+    assert {name: seconds for name, (_, _, seconds) in answers.items() if seconds > REFUSAL_SECONDS} == {}
+    assert (book.lost, book.refused) == ([], 0)
+    assert book.complete > 0
+    assert grown < GROWTH_BYTES
+    print(f"{len(BAD)} refused, the engine grew by {grown / 1e6:.0f} MB, {book.complete} requests beside them complete")
+
+
+@pytest.mark.parametrize("name", ["the seed's", "an image", "plain Chinese", "marks to stop at"])
+def test_good_input_is_answered(guarded: Played, url: str, keys: dict[str, str], name: str) -> None:
+    (body,) = [body for known, path, body in GOOD if known == name and path == CHAT]
+    headers = {"Authorization": f"Bearer {keys['alice']}", "Content-Type": "application/json"}
+    reply = requests.post(url + CHAT, data=body, headers=headers, timeout=60)
+    assert reply.status_code == 200, reply.text
+
+
+def test_a_trickling_client_holds_nobody_up(guarded: Played, node: Host, url: str, keys: dict[str, str]) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: {node.backend.hostname}:8000\r\nContent-Length: 100\r\n".encode()
+    slow = [socket.create_connection((node.backend.hostname, 8000)) for _ in range(20)]
+    try:
+        for connection in slow:
+            connection.sendall(head)
+        reply = chat(url, "OK", max_tokens=1, key=keys["alice"])
+        assert reply.status_code == 200
+        assert reply.elapsed.total_seconds() < 10
+    finally:
+        for connection in slow:
+            connection.close()
+
+
+def test_a_drain_completes_what_is_in_flight_and_tells_others_to_come_back(
+    guarded: Played, choices: dict[str, Any], node: Host, play: Play, url: str, keys: dict[str, str]
+) -> None:
+    before = container_start(node)
+    with ThreadPoolExecutor(32) as pool, ledger(url, keys["bob"]) as book:
+        answers = [pool.submit(chat, url, f"long {number}", 512, keys["alice"]) for number in range(32)]
+        time_until_running(node)
+        restarted = play("playbooks/restart.yml", **choices)
+    assert restarted.rc == 0, restarted.failures
+    assert container_start(node) != before
+    assert [answer.result().status_code for answer in answers] == [200] * 32
+    assert book.lost == []
+    # Refused is not lost: each was told when to come back, and did.
+    assert book.retry_after
+    assert set(book.retry_after) == {"10"}
+    assert book.complete > 0
+
+
+def time_until_running(node: Host) -> None:
+    """Returns once the engine works on all that was sent to it, or has nothing left to wait for."""
+    asked = f"curl --silent --unix-socket {SOCKET} http://localhost/metrics"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        lines = node.check_output(asked).splitlines()
+        if sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running")) >= 16:
+            return
+    pytest.fail("the engine never had 16 requests at a time")
+
+
+def test_a_killed_engine_leaves_no_stale_socket_and_a_killed_front_comes_back(
+    guarded: Played, node: Host, url: str, keys: dict[str, str]
+) -> None:
+    before = container_start(node)
+    node.check_output("kill -KILL $(systemctl show --property=MainPID --value glm-ocr-front)")
+    answered(url, keys["alice"], 20)
+    node.check_output("docker kill glm-ocr")
+    answered(url, keys["alice"], 180)
+    assert container_start(node) not in (before, "")
+
+
+def answered(url: str, key: str, seconds: float) -> None:
+    """Returns once a request is answered."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if chat(url, "OK", max_tokens=1, key=key).status_code == 200:
+                return
+        except requests.RequestException:
+            pass
+    pytest.fail(f"no answer within {seconds} s")
+
+
+@pytest.fixture
+def seen(guarded: Played, choices: dict[str, Any], node: Host) -> dict[str, str]:
+    """Whatever people get to see of a deployment: name to text."""
+    command = ["ansible-playbook", "-i", str(INVENTORY), "-l", "ascend910", "-vvv", "--diff"]
+    texts = {}
+    for playbook in ("deploy.yml", "playbooks/front_keys.yml", "playbooks/logs.yml"):
+        done = subprocess.run(
+            [*command, playbook, "-e", "@/dev/stdin"],
+            input=json.dumps(choices),
+            cwd=PROJECT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout[-4000:]
+        texts[playbook] = done.stdout
+    for command_line in (
+        "journalctl --no-pager",
+        "ps -eww -o args",
+        "docker container inspect glm-ocr",
+        "systemctl cat glm-ocr glm-ocr-front",
+        "systemctl show glm-ocr glm-ocr-front",
+        "cat /etc/glm-ocr/* /etc/glm-ocr-front/*",
+        "cat /proc/[0-9]*/environ | tr '\\0' '\\n'",
+        "grep -rh . /var/lib/glm-ocr",
+    ):
+        texts[command_line] = node.run(command_line).stdout
+    bundle = max((PROJECT / "reports").glob("**/*.tar.gz"), key=lambda path: path.stat().st_mtime)
+    texts["bundle"] = subprocess.check_output(["tar", "--extract", "--to-stdout", "--file", bundle]).decode(
+        errors="replace"
+    )
+    texts["reports"] = "\n".join(
+        path.read_text(errors="replace") for path in latest_report().resolve().rglob("*") if path.is_file()
+    )
+    return texts
+
+
+def test_nobody_sees_a_key(seen: dict[str, str], keys: dict[str, str]) -> None:
+    shown = {name: [owner for owner, key in keys.items() if key in text] for name, text in seen.items()}
+    assert {name: owners for name, owners in shown.items() if owners} == {}
+    # What was looked through is there, and says what it should.
+    assert all(seen.values())
+    assert "key=alice" in seen["journalctl --no-pager"]
