@@ -78,14 +78,14 @@ class Host:
         }
         return play(self.folder, playbook, {"npu-01": HERE}, "-e", json.dumps(given), *options)
 
-    def rescued(self, *block: dict[str, Any], check: bool = False) -> Played:
+    def rescued(self, *block: dict[str, Any], check: bool = False, **variables: Any) -> Played:
         """A deployment that fails in ``block``, and puts the last good release back."""
         rescue = [{"ansible.builtin.import_role": {"name": "vllm_service", "tasks_from": "restore"}}]
         tasks = [{"block": list(block), "rescue": rescue}]
         roles = ["glm_ocr"]
         path = self.folder / "deployment.yml"
         path.write_text(yaml.safe_dump([{"hosts": "ascend910", "gather_facts": False, "roles": roles, "tasks": tasks}]))
-        return self.play(str(path), *(["--check"] if check else []))
+        return self.play(str(path), *(["--check"] if check else []), **variables)
 
     def running(self) -> str:
         return fake_host.running()
@@ -176,6 +176,8 @@ def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
 
 # --- the front --------------------------------------------------------------------------------------------
 
+FRONT: dict[str, Any] = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": "v" * 32}}
+
 
 @pytest.mark.parametrize(
     ("sockets", "expected"),
@@ -197,11 +199,66 @@ def test_the_port_is_handed_over_between_engine_and_front(
     os.utime(host.store.path(OLD, "good"), (1, 1))
     # What the stand-in for systemctl says of any unit: that it runs when the container does.
     (host.folder / "stopped").write_text("glm-ocr-front" if sockets[OLD] else "")
-    played = host.play("playbooks/rollback.yml", __ocr_front_unit=str(host.folder / "front.service"))
+    played = host.play("playbooks/rollback.yml", __ocr_front_unit=str(host.folder / "front.service"), **FRONT)
     assert played.rc == 0
     verbs = ("restart", "start", "stop")
     asked = [call.split()[1:] for call in host.calls("systemctl") if call.split()[1] in verbs]
     assert [" ".join(call).removesuffix(".service") for call in asked] == expected
+
+
+def behind_the_front(host: Host, *releases: str) -> dict[str, Any]:
+    """Stages them anew, good, with a socket; the variables that name the front's unit."""
+    (host.folder / "front.service").touch()
+    for at, release in enumerate(releases):
+        shutil.rmtree(host.store.path(release))
+        host.stage(release, socket="/run/glm-ocr/engine.sock")
+        host.store.mark_good(release)
+        os.utime(host.store.path(release, "good"), (at + 3, at + 3))
+    return {"__ocr_front_unit": str(host.folder / "front.service")}
+
+
+def test_a_release_behind_the_front_is_asked_where_the_front_is_now(host: Host) -> None:
+    """A port that moved moved the front, which is one for all releases, and not what the release remembers."""
+    unit = behind_the_front(host, OLD, NEW)
+    played = host.play("playbooks/rollback.yml", glm_ocr_port=9999, **unit, **FRONT)
+    assert played.rc == 0
+    (smoke,) = host.calls("docker run")
+    assert f"--base-url=http://127.0.0.1:9999 --model=model-of-{OLD} " in smoke
+
+
+@pytest.mark.parametrize("playbook", ["playbooks/restart.yml", "playbooks/rollback.yml"])
+def test_no_release_is_run_behind_a_front_that_the_inventory_has_no_key_for(playbook: str, host: Host) -> None:
+    unit = behind_the_front(host, OLD, NEW)
+    played = host.play(playbook, **unit)
+    assert played.rc != 0
+    assert "expected glm_ocr_exposure front, found direct" in " ".join(played.output.split())
+    assert host.running() == NEW
+    assert host.calls("systemctl restart") == []
+
+
+def test_a_change_to_direct_that_fails_puts_the_front_back_and_claims_no_more(host: Host) -> None:
+    unit = behind_the_front(host, NEW)
+    (host.folder / "bad").write_text(OLD)
+    (host.folder / "stopped").write_text("glm-ocr-front")
+    played = host.rescued(activate(OLD), **unit)
+    assert played.rc != 0
+    told = " ".join(played.output.split())
+    assert f"Release {NEW} was put back; it answers; it was not asked to read" in told
+    assert "Putting release" not in told
+    assert host.running() == NEW
+    assert host.calls("docker run") == [], "without a key every answer is a 401"
+    assert host.calls("systemctl start glm-ocr") == ["systemctl start glm-ocr-front"]
+
+
+def test_a_rollback_to_direct_that_fails_asks_the_restored_one_where_the_front_is(host: Host) -> None:
+    """What is said and asked of the restored release is its own, not that of the one that was chosen."""
+    unit = behind_the_front(host, NEW)
+    (host.folder / "bad").write_text(OLD)
+    played = host.play("playbooks/rollback.yml", glm_ocr_port=9999, **unit, **FRONT)
+    assert played.rc != 0
+    assert f"Release {NEW} was put back; it answers and reads its known image." in " ".join(played.output.split())
+    (smoke,) = host.calls("docker run")
+    assert f"--base-url=http://127.0.0.1:9999 --model=model-of-{NEW} " in smoke
 
 
 def test_a_drain_closes_the_engine_to_the_front_first(host: Host, tmp_path: Path) -> None:
