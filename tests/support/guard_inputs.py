@@ -391,7 +391,13 @@ GOOD: list[tuple[str, str, bytes]] = [
     (
         "the SDK's",
         CHAT,
-        chat(url(data_url(JPEG, "jpeg")), temperature=0, top_p=1e-5, top_k=1, repetition_penalty=1.1, stream=False),
+        chat(url(data_url(JPEG, "jpeg")), max_tokens=8192, temperature=0, top_p=1e-5, top_k=1, repetition_penalty=1.1),
+    ),
+    (
+        "the SDK's first, which asks whether the service is there",
+        CHAT,
+        b'{"messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}], "max_tokens": 10, '
+        b'"temperature": 0.1}',
     ),
     ("an image", CHAT, chat(url(data_url(PNG)))),
     ("slashes escaped", CHAT, chat(url(data_url(PNG))).replace(b"/", b"\\/").replace(b"data:image\\/", b"data:image/")),
