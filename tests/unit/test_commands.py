@@ -129,12 +129,12 @@ def test_all_tests_install_once_and_bring_the_lab_up_once(clone: Path) -> None:
     assert called.count("ansible-playbook -i inventory/lab playbooks/lab.yml") == 1
     assert {call.split()[0] for call in called} == {"venv", "pip", *TOOLS}
     assert called[-1] == "pytest -q -m not long tests/lab"
-    assert sum(call.startswith("pytest -q tests/unit") for call in called) == 1
+    assert sum(call.startswith("pytest -q -n auto tests/unit") for call in called) == 1
     make(clone, "test")
     assert (clone / "calls").read_text().count("pip ") == 1, "what is installed is not installed again"
 
 
-@pytest.mark.parametrize("failing", ["mypy  ", "pytest -q tests/unit", "ansible-playbook -i inventory/lab"])
+@pytest.mark.parametrize("failing", ["mypy  ", "pytest -q -n", "ansible-playbook -i inventory/lab"])
 def test_a_failure_of_one_half_is_the_commands_and_told(failing: str, clone: Path) -> None:
     (clone / "failing").write_text(failing)
     rc, output, called = make(clone, "test")
