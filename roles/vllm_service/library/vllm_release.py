@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -95,6 +96,8 @@ EXAMPLES = r"""
   register: described
 """
 
+#: What a folder says that takes no more.
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 #: Modes of what is installed: the environment may hold secrets.
 UNIT_MODE, ENVIRONMENT_MODE, TOOL_MODE, FOLDER_MODE = 0o644, 0o640, 0o755, 0o755
 SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "StateChangeTimestamp", "NRestarts")
@@ -385,6 +388,8 @@ def main() -> None:
     try:
         result = states[module.params["state"]](module, service)
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         folder = os.path.dirname(error.filename or service.store.folder)
         module.fail_json(
             msg=f"Expected to write what a release needs; found {error}.\n"
