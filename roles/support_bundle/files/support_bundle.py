@@ -83,6 +83,9 @@ def commands(config: Config) -> dict[str, list[str]]:
         "systemctl-status.txt": ["systemctl", "status", "--no-pager", "--full", "--lines=0", service],
         "systemctl-show.txt": ["systemctl", "show", "--no-pager", service],
         "systemctl-cat.txt": ["systemctl", "cat", "--no-pager", service],
+        # Of exposure front; its log has who asked for what, and which request was refused why.
+        "front-journal.txt": [*journal, f"--unit={service}-front", f"--lines={config.journal_lines}"],
+        "front-status.txt": ["systemctl", "status", "--no-pager", "--full", "--lines=0", f"{service}-front"],
         "container-inspect.json": [engine, "container", "inspect", service],
         "container-engine-version.txt": [engine, "version"],
         "container-engine-info.txt": [engine, "info"],
