@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import json
+import re
 import stat
 import sys
 from pathlib import Path
@@ -99,7 +100,8 @@ def test_keys_are_rotated_by_a_reload_that_is_never_forgotten(host: Host) -> Non
     modes = {
         path.name: (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) for path in (host.folder / "etc").iterdir()
     }
-    assert modes == dict.fromkeys(("haproxy.cfg", "keys.map"), (0o640, grp.getgrnam(USER).gr_gid))
+    assert len(modes) == 2
+    assert set(modes.values()) == {(0o640, grp.getgrnam(USER).gr_gid)}
     assert stat.S_IMODE((host.folder / "etc").stat().st_mode) == 0o750
 
     host.variables["glm_ocr_keys"] = KEYS | {"carol": "c" * 40}
@@ -137,6 +139,8 @@ def test_another_unit_is_a_restart(host: Host) -> None:
         ({"glm_ocr_exposure": "direct", "glm_ocr_keys": {}}, "expected glm_ocr_exposure front, found direct"),
         ({"ocr_front_program": "/bin/true"}, "expected HAProxy 2.4 or newer at /bin/true"),
         ({"ocr_front_metrics_sources": ["300.0.0.1"]}, "failed to validate"),
+        # A file without a certificate in it.
+        ({"glm_ocr_tls_certificate": __file__, "glm_ocr_tls_key": __file__}, "failed to validate"),
     ],
 )
 def test_what_would_not_guard_is_refused(change: dict[str, Any], complaint: str, host: Host) -> None:
@@ -149,6 +153,9 @@ def test_what_would_not_guard_is_refused(change: dict[str, Any], complaint: str,
     assert complaint in " ".join(played.output.replace("\\\n", "").split())
     assert "short-and-secret" not in played.output
     assert (host.folder / "etc" / "haproxy.cfg").read_text() == before
+    # What it names is still there: a start would read what runs.
+    (keys,) = re.findall(r"map_str\((.*?)\)", before)
+    assert " alice\n" in Path(keys).read_text()
     assert host.calls() == ["start"]
 
 

@@ -144,7 +144,7 @@ class Front:
         )
         assert host.template("{{ __glm_ocr_problems + __ocr_front_problems }}") == []
         for name, text in (
-            ("keys.map", str(host.template("{{ __ocr_front_key_map }}"))),
+            (Path(str(host.template("{{ __ocr_front_keys }}"))).name, str(host.template("{{ __ocr_front_key_map }}"))),
             ("haproxy.cfg", host.template_file("haproxy.cfg.j2")),
         ):
             (self.folder / name).write_text(text)

@@ -16,7 +16,11 @@ from unit_file import exec_start, serve_command
 GOLDEN = Path(__file__).parent / "golden"
 KEYS = {"validation": "v" * 32, "scanner-app": "s" * 64}
 FRONT: dict[str, Any] = {"glm_ocr_exposure": "front", "glm_ocr_keys": KEYS}
-TLS = {"glm_ocr_tls_certificate": "/srv/tls/npu-01.pem", "glm_ocr_tls_key": "/srv/tls/npu-01.key"}
+TLS = {
+    "glm_ocr_tls_certificate": "/srv/tls/npu-01.pem",
+    "glm_ocr_tls_key": "/srv/tls/npu-01.key",
+    "__ocr_front_certificate_text": "given",
+}
 
 
 @pytest.mark.parametrize(
