@@ -18,7 +18,9 @@ from lab import NODE, node_named
 #: Keeps what earlier sessions measured, to go on after an interruption; the table is of one state of the project only
 #: when it is not set.
 RESUME = bool(os.environ.get("FAULT_TABLE_RESUME"))
-HEALTHY_RUNS, BASELINE_RUNS = 20, 10
+#: Fewer where time is short; the table says how many there were.
+HEALTHY_RUNS = int(os.environ.get("FAULT_TABLE_HEALTHY_RUNS", "20"))
+BASELINE_RUNS = int(os.environ.get("FAULT_TABLE_BASELINE_RUNS", "10"))
 #: The lab's machine is never quiet: its throughput may vary too much to be judged.
 BASELINE_REQUIRED = ["ocr_bench.ttft_p50"]
 
@@ -68,13 +70,14 @@ def baseline(lab: FaultLab, fresh: set[Path]) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def healthy(lab: FaultLab, baseline: dict[str, Any], fresh: set[Path]) -> list[str]:
-    """The verdicts of healthy runs in a row, the baseline's comparison included."""
+    """The verdicts of healthy runs in a row, the baseline's comparison included; each is kept when it is there."""
+    lab.heal()
 
-    def verdicts() -> list[str]:
-        lab.heal()
-        return [lab.validated(validation_report_baseline=str(BASELINE))["verdict"] for _ in range(HEALTHY_RUNS)]
+    def verdict() -> Any:
+        return lab.validated(validation_report_baseline=str(BASELINE))["verdict"]
 
-    return list(remembered(FOLDER / "measured" / "healthy.json", verdicts, fresh=fresh))
+    paths = [FOLDER / "measured" / "healthy" / f"{number:02}.json" for number in range(1, HEALTHY_RUNS + 1)]
+    return [str(remembered(path, verdict, fresh=fresh)) for path in paths]
 
 
 @pytest.fixture(scope="session")
