@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from fault_lab import BASELINE, FOLDER, MEASURE, FaultLab, as_json
+from fault_lab import BASELINE, FAULT_RESULTS, HEALTHY_RESULTS, MEASURE, FaultLab, as_json
 from fault_list import Fault
 from fault_table import Measured
 from lab import NODE, node_named
@@ -49,6 +49,12 @@ def fresh() -> set[Path]:
 
 
 @pytest.fixture(scope="session")
+def known(fresh: set[Path]) -> Callable[[Path], Any]:
+    """``known(path)``: what this session, or the one that is resumed, has measured so far; None: not measured."""
+    return lambda path: json.loads(path.read_text()) if path in fresh or (RESUME and path.exists()) else None
+
+
+@pytest.fixture(scope="session")
 def baseline(lab: FaultLab, fresh: set[Path]) -> dict[str, Any]:
     """Healthy runs, promoted."""
 
@@ -76,7 +82,7 @@ def healthy(lab: FaultLab, baseline: dict[str, Any], fresh: set[Path]) -> list[s
     def verdict() -> Any:
         return lab.validated(validation_report_baseline=str(BASELINE))["verdict"]
 
-    paths = [FOLDER / "measured" / "healthy" / f"{number:02}.json" for number in range(1, HEALTHY_RUNS + 1)]
+    paths = [HEALTHY_RESULTS / f"{number:02}.json" for number in range(1, HEALTHY_RUNS + 1)]
     return [str(remembered(path, verdict, fresh=fresh)) for path in paths]
 
 
@@ -85,7 +91,7 @@ def measured(lab: FaultLab, baseline: dict[str, Any], fresh: set[Path]) -> Calla
     """``measured(fault)``: what its run saw."""
 
     def of(fault: Fault) -> Measured:
-        path = FOLDER / "measured" / "faults" / f"{fault.id}.json"
+        path = FAULT_RESULTS / f"{fault.id}.json"
         return Measured.from_json(remembered(path, lambda: as_json(lab.measure(fault)), fresh=fresh))
 
     return of

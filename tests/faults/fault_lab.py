@@ -24,6 +24,8 @@ from rendering import PROJECT
 HERE = Path(__file__).resolve().parent
 FOLDER = PROJECT / "reports" / "fault-table"
 BASELINE = FOLDER / "baselines" / "lab.json"
+#: What each fault's run and each healthy run saw, one file each, so that an interrupted session can be resumed.
+FAULT_RESULTS, HEALTHY_RESULTS = FOLDER / "measured" / "faults", FOLDER / "measured" / "healthy"
 DAMAGED = "/opt/atomgit/weights/damaged"
 MIDDLEWARE = "lab_faults"
 PACKAGES = "/usr/local/lib/python3.11/dist-packages"

@@ -217,8 +217,10 @@ def measured(identity: str, report: dict[str, Any] = REPORT, **more: Outcome) ->
     return Measured(identity, "what it is", "checkpoint", ("WEIGHTS_ALTERED",), columns)
 
 
-def document(*faults: Measured, runs: tuple[str, ...] = ("PASS",)) -> str:
-    return fault_table.render(faults, runs, BASELINE, {"vllm": "0.32.0+cpu", "transformers": "5.19.0"})
+def document(*faults: Measured, runs: tuple[str, ...] = ("PASS",), unmeasured: tuple[str, ...] = ()) -> str:
+    engine = {"vllm": "0.32.0+cpu", "transformers": "5.19.0"}
+    record = {"engine": engine, "baseline": BASELINE, "healthy": runs, "unmeasured": unmeasured}
+    return fault_table.render(record | {"faults": [as_json(fault) for fault in faults]})
 
 
 def test_columns_are_the_reports() -> None:
@@ -227,6 +229,10 @@ def test_columns_are_the_reports() -> None:
     assert not columns["ocr_bench"].caught
     assert columns["ocr_quality"].caught, "a stage without a result is seen"
     assert not columns["report"].caught
+    unmeasured = fault_table.outcome(
+        {"verdict": "ERROR", "checks": [{"id": "top1", "verdict": "ERROR", "found": None}]}
+    )
+    assert unmeasured.failed == (("top1", "not measured"),)
     assert fault_table.outcomes(REPORT | {"problems": ["another image"]})["report"].caught
 
 
@@ -248,7 +254,20 @@ def test_what_escaped_is_said() -> None:
     text = document(measured("one"), measured("two", healthy), runs=("PASS", "FAIL"))
     assert "1 of 2 faults are caught" in text
     assert "- Nothing saw it." in text
+    assert "sees 1, all but two." in text
+    extra = measured("three", healthy, trusted=Outcome("FAIL", (("kl_image", "7 times"),)))
+    assert "1 of 1 faults are caught" in document(extra)
+    assert "sees 0, all but three." in document(extra)
+    assert "**Not measured**, and so not in the table: four." in document(extra, unmeasured=("four",))
+    assert "Not measured" not in document(extra)
     assert "**1 of 2 PASS** (PASS, FAIL)." in text
+    assert "it is not shown here that a healthy run passes" in document(measured("one"), runs=())
+
+
+def test_the_document_is_of_its_record() -> None:
+    record = json.loads(fault_table.RECORD.read_text(encoding="utf-8"))
+    assert fault_table.DOCUMENT.read_text(encoding="utf-8") == fault_table.render(record)
+    assert {fault["id"] for fault in record["faults"]} | set(record["unmeasured"]) == {fault.id for fault in FAULTS}
 
 
 def test_a_long_finding_is_cut() -> None:
