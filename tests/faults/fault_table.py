@@ -46,7 +46,8 @@ NOTES = """
   and the comparison sees it by chance at most: only known answers (smoke, quality) do. **trusted copy**: the same stage
   once more, its reference reading the good checkpoint (`validate.yml --tags served_accuracy`, `glm_ocr_weights_path`
   set to it); n/a where the served folder is the good one, and the column before is that comparison.
-- **baseline**: the comparison of the run's figures with promoted healthy runs.
+- **baseline**: the comparison of the run's figures with promoted healthy runs. Nothing else judges speed, and the lab's
+  machine has other work: a baseline of a busy hour hides a slower engine in a quiet one.
 - **report**: what the merged report itself finds about the deployment.
 - n/a: the stage could not run, or does not apply.
 
