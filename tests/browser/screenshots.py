@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests/support python tests/browser/screenshots.py reports/node1/latest docs/images
 
-The first HEIGHT pixels of the page at both widths and in both languages, and its plots at 1280.
+The first HEIGHT pixels of the page at both widths and in both languages, and the benchmark with its plots at 1280.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ def main(report: Path, output: Path) -> int:
                     save(page.screenshot(), output / f"report-{language}-{width}.png")
                     if (language, width) == ("en", max(WIDTHS)):
                         save(page.locator("#ocr_bench").screenshot(), output / "report-bench.png")
-                        save(page.locator("#ocr_quality").screenshot(), output / "report-quality.png")
                     heard += complaints
     print("\n".join(heard or [f"{output}: {len(list(output.glob('*.png')))} pictures"]))
     return 1 if heard else 0
