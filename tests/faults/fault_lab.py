@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from fault_list import Fault
 from fault_table import NOT_RUN, STAGES, Measured, Outcome, outcome, outcomes
 from lab import ENGINE, INVENTORY, LAB_STATE, NODE, WEIGHTS, extra_flags
 from model_files import NANO
+from playing import ansible_playbook
 from rendering import PROJECT
 
 HERE = Path(__file__).resolve().parent
@@ -50,19 +49,9 @@ class FaultLab:
 
     def play(self, playbook: str, *options: str, **variables: Any) -> tuple[int, str]:
         """Exit status and output of what an operator would type."""
-        command = [str(Path(sys.executable).with_name("ansible-playbook")), playbook, "-i", str(INVENTORY)]
-        done = subprocess.run(
-            [*command, "-l", NODE, *options, "-e", json.dumps(variables)],
-            cwd=PROJECT,
-            env=os.environ | {"ANSIBLE_NOCOLOR": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
-        )
-        print(done.stdout)
-        return done.returncode, done.stdout
+        extra = json.dumps(variables)
+        done = ansible_playbook(playbook, "-i", str(INVENTORY), "-l", NODE, *options, "-e", extra)
+        return done.rc, done.output
 
     def validated(self, *options: str, **variables: Any) -> dict[str, Any]:
         """The merged report of a validation."""

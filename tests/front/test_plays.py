@@ -159,19 +159,24 @@ def test_what_would_not_guard_is_refused(change: dict[str, Any], complaint: str,
     assert host.calls() == ["start"]
 
 
+def validated(folder: Path, port: int, keys: dict[str, str], *options: str) -> Played:
+    """The smoke through the front at ``port``, with the docker of a stand-in."""
+    stub(folder / "bin", "docker", f'exec {sys.executable} {ENGINE} {folder} "$@"')
+    (folder / "serving").touch()
+    variables = HERE | {
+        "glm_ocr_exposure": "front",
+        "glm_ocr_keys": keys,
+        "glm_ocr_bind_address": "127.0.0.1",
+        "glm_ocr_port": port,
+        "glm_ocr_library_dir": installed_scripts(folder),
+    }
+    return play(folder, "validate.yml", {"npu-01": variables}, "--tags=ocr_smoke", *options)
+
+
 def test_the_validation_goes_through_the_front_and_nothing_shows_its_key(tmp_path: Path) -> None:
-    stub(tmp_path / "bin", "docker", f'exec {sys.executable} {ENGINE} {tmp_path} "$@"')
-    (tmp_path / "serving").touch()
     with running() as front, serving(front.socket) as engine:
         front.open()
-        variables = HERE | {
-            "glm_ocr_exposure": "front",
-            "glm_ocr_keys": dict(KEYS),
-            "glm_ocr_bind_address": "127.0.0.1",
-            "glm_ocr_port": front.port,
-            "glm_ocr_library_dir": installed_scripts(tmp_path),
-        }
-        played = play(tmp_path, "validate.yml", {"npu-01": variables}, "--tags=ocr_smoke", "-vvv", "--diff")
+        played = validated(tmp_path, front.port, dict(KEYS), "-vvv", "--diff")
         log = front.stop()
     # The stand-in reads nothing: what counts is that it was asked, by the key's name.
     assert played.rc != 0
@@ -185,18 +190,9 @@ def test_the_validation_goes_through_the_front_and_nothing_shows_its_key(tmp_pat
 
 
 def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> None:
-    stub(tmp_path / "bin", "docker", f'exec {sys.executable} {ENGINE} {tmp_path} "$@"')
-    (tmp_path / "serving").touch()
     with running() as front, serving(front.socket) as engine:
         front.open()
-        variables = HERE | {
-            "glm_ocr_exposure": "front",
-            "glm_ocr_keys": {"validation": "n" * 32},
-            "glm_ocr_bind_address": "127.0.0.1",
-            "glm_ocr_port": front.port,
-            "glm_ocr_library_dir": installed_scripts(tmp_path),
-        }
-        played = play(tmp_path, "validate.yml", {"npu-01": variables}, "--tags=ocr_smoke")
+        played = validated(tmp_path, front.port, {"validation": "n" * 32})
     assert played.rc != 0
     assert "HTTP 401" in "".join(path.read_text() for path in (tmp_path / "reports").rglob("ocr_smoke.json"))
     assert not engine.requests
