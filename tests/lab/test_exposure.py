@@ -1,4 +1,4 @@
-"""The front and the request guard before real vLLM: who gets in, what gets through, and who sees a key."""
+"""The front, the request guard and the sandbox with real vLLM: who gets in, what gets through, and who sees a key."""
 
 from __future__ import annotations
 
@@ -17,13 +17,19 @@ import requests
 from testinfra.host import Host
 
 from guard_inputs import BAD, CHAT, GOOD, Bad
-from lab import INVENTORY, Play, Played, chat, container_start, latest_report
+from lab import INVENTORY, WEIGHTS, Play, Played, chat, container_start, latest_report
 from ledger import ledger
 from rendering import PROJECT
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 SOCKET = "/run/glm-ocr/engine.sock"
+#: Somebody whom neither host nor image knows.
+SANDBOX = {
+    "vllm_service_sandbox": True,
+    "vllm_service_sandbox_user": "10001:10001",
+    "vllm_service_sandbox_memory": "12g",
+}
 #: How long a refusal may take, and by how much all of them together may make the engine grow.
 REFUSAL_SECONDS, GROWTH_BYTES = 1.0, 100e6
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
@@ -38,7 +44,7 @@ def keys() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def choices(keys: dict[str, str]) -> dict[str, Any]:
     """What the inventory of a guarded site says."""
-    return {"glm_ocr_exposure": "front", "glm_ocr_keys": keys, "vllm_service_guard": True}
+    return {"glm_ocr_exposure": "front", "glm_ocr_keys": keys, "vllm_service_guard": True} | SANDBOX
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +75,44 @@ def test_the_engine_has_no_network_and_all_stages_pass(
         report["stages"], "PASS"
     )
     assert validated.rc == 0, validated.failures
+
+
+def test_the_engine_is_in_its_sandbox(guarded: Played, node: Host) -> None:
+    container = json.loads(node.check_output("docker container inspect glm-ocr"))[0]
+    host = container["HostConfig"]
+    assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False)
+    assert (host["ReadonlyRootfs"], host["SecurityOpt"]) == (True, ["no-new-privileges"])
+    assert (host["Memory"], host["MemorySwap"], host["PidsLimit"]) == (12 << 30, 12 << 30, 8192)
+    assert set(host["Tmpfs"]) == {"/tmp", "/run", "/home/glm-ocr"}
+    writable = [mount["Destination"] for mount in container["Mounts"] if mount["RW"]]
+    assert sorted(writable) == ["/home/glm-ocr/.cache", "/run/glm-ocr"]
+    # What the kernel says of every process in it: the first is docker's --init.
+    pids = node.check_output("docker top glm-ocr -o pid").split()[1:]
+    assert len(pids) > 2
+    for pid in pids:
+        status = dict(line.split(":\t", 1) for line in node.check_output(f"cat /proc/{pid}/status").splitlines())
+        assert status["Uid"].split() == ["10001"] * 4
+        assert {status[name].strip() for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+        assert status["NoNewPrivs"].strip() == "1"
+    for path in ("/usr/local/bin/x", "/root/x", "/etc/x"):
+        assert "Read-only file system" in node.run(f"docker exec --user 0 glm-ocr touch {path}").stderr
+
+
+def test_weights_that_the_engine_may_not_read_are_refused(
+    guarded: Played, choices: dict[str, Any], node: Host, play: Play
+) -> None:
+    before = container_start(node)
+    node.check_output(f"chmod 0640 {WEIGHTS}/config.json")
+    try:
+        # What passed is remembered by what it depends on; a mode is not among that.
+        node.check_output("rm /var/lib/glm-ocr/probe.json")
+        refused = play("deploy.yml", **choices)
+    finally:
+        node.check_output(f"chmod 0644 {WEIGHTS}/config.json")
+    assert refused.rc != 0
+    assert "[PROBE_ACCESS]" in refused.failures
+    assert f"{WEIGHTS}/config.json (mode 0640, owner 0:0)" in refused.failures
+    assert container_start(node) == before
 
 
 def test_no_key_no_inference(guarded: Played, node: Host, url: str, keys: dict[str, str]) -> None:

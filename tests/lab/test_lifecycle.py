@@ -239,10 +239,15 @@ def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(
     assert not node.service("glm-ocr").is_running
     assert not node.service("glm-ocr").is_enabled
 
-    with_podman = play("deploy.yml", glm_ocr_container_engine="podman")
+    podman = {"glm_ocr_container_engine": "podman", "vllm_service_sandbox": True, "vllm_service_sandbox_memory": "12g"}
+    with_podman = play("deploy.yml", **podman)
     assert with_podman.rc == 0, with_podman.failures
     assert container_start(node, "podman")
     assert chat(url, "OK", max_tokens=1).status_code == 200
-    again = play("deploy.yml", glm_ocr_container_engine="podman")
+    # With podman the container is the unit's, and so is its sandbox.
+    security = node.check_output("systemd-analyze security --no-pager glm-ocr")
+    (exposure,) = re.findall(r"Overall exposure level for glm-ocr.service: ([0-9.]+)", security)
+    assert float(exposure) <= 4.5, security
+    again = play("deploy.yml", **podman)
     assert (again.rc, again.changed) == (0, 0), again.failures
-    assert play("playbooks/remove.yml", glm_ocr_container_engine="podman").rc == 0
+    assert play("playbooks/remove.yml", **podman).rc == 0

@@ -6,6 +6,7 @@ import argparse
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import sys
@@ -207,6 +208,31 @@ def test_an_overlay_over_another_original_is_refused_with_both_hashes() -> None:
     assert absent.found == "no such file in the image"
 
 
+def test_what_the_engine_may_not_open_is_told_with_mode_and_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As somebody else's files, whoever runs this; tests/lab/test_exposure.py has the sandbox itself say it."""
+
+    def access(path: Path, mode: int) -> bool:
+        return path.exists() and path.stat().st_mode & mode == mode
+
+    monkeypatch.setattr(os, "access", access)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for file, mode in (("weights", 0o755), ("weights/open", 0o644), ("weights/closed", 0o640), ("device", 0o444)):
+        (tmp_path / file).touch()
+        (tmp_path / file).chmod(mode)
+    told = probe.denied(weights, [str(tmp_path / "device"), str(tmp_path / "absent")])
+    owner = f"owner {os.getuid()}:{os.getgid()}"
+    assert told == [f"{weights}/closed (mode 0640, {owner})", f"{tmp_path}/device (mode 0444, {owner})"]
+    weights.chmod(0o750)
+    assert probe.denied(weights, [])[0] == f"{weights} (mode 0750, {owner})"
+    (finding,) = probe.check_access(told, "user 65534, groups 65534")
+    assert finding.id == "PROBE_ACCESS"
+    assert "closed (mode 0640" in finding.found
+    assert probe.check_access([], "user 0, groups 0") == []
+
+
 def test_the_driver_is_asked_for_inside() -> None:
     assert probe.check_driver(["libascend_hal.so"], "") == []
     assert ids(probe.check_driver([], "")) == ["PROBE_DRIVER"]
@@ -245,6 +271,7 @@ def every_finding() -> list[probe.Finding]:
         *probe.check_checkpoint(wrong),
         *probe.check_checkpoint(probe.Checkpoint(CONFIG, {}, {}, ["mlx"], None)),
         *probe.check_overlays([{"target": "/a", "original_sha256": "1"}], {"/a": None}),
+        *probe.check_access(["/w/config.json (mode 0600, owner 1:1)"], "user 0, groups 0"),
         *probe.check_driver([], "exit status 1"),
         probe.broken("vLLM", ImportError("no")),
         probe.unreadable(Path("/w"), probe.CheckpointError("config.json")),

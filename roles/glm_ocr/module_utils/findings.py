@@ -56,6 +56,7 @@ CATALOGUE: Dict[str, str] = {
     "PROBE_MLX": "a checkpoint that was converted for MLX",
     "PROBE_DTYPE": "the tensors' type",
     "PROBE_MERGER": "the width of the vision merger",
+    "PROBE_ACCESS": "weights and devices, against who the engine is in its sandbox",
     "PROBE_DRIVER": "the driver's libraries inside the container",
     "PROBE_NPU_SMI": "npu-smi inside the container",
     "PROBE_OVERLAY": "the file below an overlay",

@@ -16,6 +16,7 @@ import contextlib
 import hashlib
 import io
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -339,6 +340,23 @@ def check_driver(libraries: Collection[str], npu_smi: str) -> list[Finding]:
     return findings
 
 
+def check_access(denied: Sequence[str], user: str) -> list[Finding]:
+    """``denied`` are files and devices that ``user`` of the container cannot open, each with its mode and owner."""
+    if not denied:
+        return []
+    return [
+        Finding(
+            "PROBE_ACCESS",
+            f"weights that can be read, and devices that can be opened, by the engine ({user})",
+            listed(denied),
+            "on the host, `chmod -R a+rX` the weights, and put the number of the devices' group "
+            "(`stat -c %g /dev/davinci0`) into vllm_service_sandbox_groups",
+            "在主机上对权重目录执行 `chmod -R a+rX`，并将设备所属组的编号（`stat -c %g /dev/davinci0`）"
+            "加入 vllm_service_sandbox_groups",
+        )
+    ]
+
+
 def broken(package: str, error: BaseException) -> Finding:
     """What the image cannot even import, with the last line of the error."""
     return Finding(
@@ -405,6 +423,18 @@ def sha256(path: str) -> str | None:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError:
         return None
+
+
+def denied(folder: Path, devices: Sequence[str]) -> list[str]:
+    """What of ``folder`` cannot be read, and which devices cannot be read and written; what is absent is not told."""
+    wanted = {path: os.R_OK | (os.X_OK if os.path.isdir(path) else 0) for path in (folder, *sorted(folder.rglob("*")))}
+    wanted |= {Path(device): os.R_OK | os.W_OK for device in devices}
+    found = []
+    for path, mode in wanted.items():
+        if os.access(path, os.F_OK) and not os.access(path, mode):
+            status = path.stat()
+            found.append(f"{path} (mode {status.st_mode & 0o7777:04o}, owner {status.st_uid}:{status.st_gid})")
+    return found
 
 
 def libraries() -> list[str]:
@@ -493,6 +523,8 @@ def run(request: Mapping[str, Any]) -> list[Finding]:
     """Every check, whatever the others found."""
     arguments, folder = request["serve_arguments"], Path(request["weights"])
     findings = check_overlays(request["overlays"], {o["target"]: sha256(o["target"]) for o in request["overlays"]})
+    user = f"user {os.getuid()}, groups {' '.join(map(str, sorted({os.getgid(), *os.getgroups()})))}"
+    findings += check_access(denied(folder, request["devices"]), user)
     if request["devices"]:
         findings += check_driver(libraries(), npu_smi_trouble())
     config: Mapping[str, Any] = {}
