@@ -32,10 +32,13 @@ for folder in ROLES.glob("*/filter_plugins"):
 class HostVariables:
     """The variables of one production host, as the roles of `deploy` see them."""
 
-    def __init__(self, tmp_path: Path, **overrides: Any) -> None:
-        """``overrides`` win over everything, as `-e` does."""
+    def __init__(self, tmp_path: Path, group: str = "ascend910", **overrides: Any) -> None:
+        """Of a host of ``group``, one of inventory/hosts.yml; ``overrides`` win over everything, as `-e` does."""
         inventory = tmp_path / "hosts.yml"
-        inventory.write_text("ascend910: {hosts: {npu-01: {}}}\n")
+        groups = yaml.safe_load((PROJECT / "inventory" / "hosts.yml").read_text())
+        listed = groups["ascend910"]
+        (listed if group == "ascend910" else listed["children"][group])["hosts"] = {"npu-01": {}}
+        inventory.write_text(yaml.safe_dump(groups))
         (tmp_path / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
         self.loader = DataLoader()
         manager = InventoryManager(loader=self.loader, sources=[str(inventory)])

@@ -158,3 +158,12 @@ def test_systemd_accepts_the_units(template: str, tmp_path: Path) -> None:
     for program in ("/usr/sbin/haproxy", "/usr/bin/podman"):
         unit = unit.replace(program, "/bin/true")
     assert vllm_release.verify(unit, "glm-ocr-x.service") == []
+
+
+def test_hosts_of_the_inventorys_group_have_a_front_and_a_guard(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, group="ascend910_front", glm_ocr_keys=KEYS)
+    unit = host.template_file("glm-ocr.service.j2")
+    assert "--middleware" in serve_command(unit)
+    assert "--uds" in serve_command(unit)
+    assert host.template("{{ __ocr_front_problems }}") == []
+    assert host.template("{{ __vllm_service_problems }}") == []
