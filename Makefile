@@ -47,6 +47,9 @@ test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (45 min)
 	pytest -q -m "$(LONG)" tests/lab
 
+soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (70 min)
+	SOAK_SECONDS=3600 SOAK_PAGE=docs/soak.md pytest -q -m soak tests/lab
+
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)
 	pytest -q tests/browser
 
@@ -80,4 +83,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser

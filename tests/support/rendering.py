@@ -32,7 +32,7 @@ for folder in ROLES.glob("*/filter_plugins"):
 class HostVariables:
     """The variables of one production host, as the roles of `deploy` see them."""
 
-    def __init__(self, tmp_path: Path, group: str = "ascend910", **overrides: Any) -> None:
+    def __init__(self, tmp_path: Path, group: str = "ascend910", /, **overrides: Any) -> None:
         """Of a host of ``group``, one of inventory/hosts.yml; ``overrides`` win over everything, as `-e` does."""
         inventory = tmp_path / "hosts.yml"
         groups = yaml.safe_load((PROJECT / "inventory" / "hosts.yml").read_text())

@@ -161,7 +161,7 @@ def test_systemd_accepts_the_units(template: str, tmp_path: Path) -> None:
 
 
 def test_hosts_of_the_inventorys_group_have_a_front_and_a_guard(tmp_path: Path) -> None:
-    host = HostVariables(tmp_path, group="ascend910_front", glm_ocr_keys=KEYS)
+    host = HostVariables(tmp_path, "ascend910_front", glm_ocr_keys=KEYS)
     unit = host.template_file("glm-ocr.service.j2")
     assert "--middleware" in serve_command(unit)
     assert "--uds" in serve_command(unit)
