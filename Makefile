@@ -50,6 +50,9 @@ test-long: lab  ## the faults that take long: killed controllers, three nodes, a
 soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (70 min)
 	SOAK_SECONDS=3600 SOAK_PAGE=docs/soak.md pytest -q -m soak tests/lab
 
+recovery: lab  ## what ends or hangs under load, and for how long nobody is served, into docs/recovery.md (15 min)
+	RECOVERY_PAGE=docs/recovery.md pytest -q tests/lab/test_recovery.py
+
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)
 	pytest -q tests/browser
 
@@ -84,4 +87,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long soak test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 from collections.abc import Iterator
 
 import pytest
 from testinfra.host import Host
 
-from lab import STATE, WEIGHTS, Play, Played, chat, container_start, listener, release
+from lab import STATE, WEIGHTS, Play, Played, booted, chat, container_start, listener, release
 from ledger import ledger
 
 #: Overwrites a safetensors file's tensors in place with bf16 numbers of magnitude 2^-6 to 2^-5 and random sign.
@@ -26,18 +25,6 @@ with open(sys.argv[1], "r+b") as file:
     file.seek(start)
     file.write(data)
 """
-
-
-def booted(node: Host) -> str:
-    """Waits until the node has booted, with all its services; returns what tells this boot from another."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        try:
-            node.run("systemctl is-system-running --wait")
-            return str(node.check_output("systemctl show --property=UserspaceTimestampMonotonic"))
-        except RuntimeError:  # testinfra's word for a connection that failed
-            continue
-    pytest.fail("the node does not answer over SSH")
 
 
 def test_a_start_that_fails_shows_why_and_puts_the_last_good_release_back(

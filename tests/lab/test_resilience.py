@@ -12,20 +12,22 @@ import pytest
 import requests
 from testinfra.host import Host
 
-from lab import Controller, Play, Played, chat, container_start, extra_flags, release
+from lab import (
+    API_PROCESS,
+    BACK_SECONDS,
+    ENGINE_PROCESS,
+    Controller,
+    Play,
+    Played,
+    chat,
+    container_start,
+    engine_pid,
+    extra_flags,
+    release,
+)
 from ledger import ledger
 
 pytestmark = pytest.mark.usefixtures("restored")
-
-#: Seconds within which a service whose processes were killed answers again; the lab's engine starts on 2 CPU cores.
-BACK_SECONDS = 240
-
-
-def engine_pid(node: Host, pattern: str) -> int:
-    """The pid, in the node, of the container's process whose command line begins so."""
-    top = node.check_output("docker top glm-ocr -eo pid,args").splitlines()[1:]
-    (pid,) = [int(line.split(None, 1)[0]) for line in top if line.split(None, 1)[1].startswith(pattern)]
-    return pid
 
 
 def wait_active(node: Host) -> None:
@@ -34,7 +36,7 @@ def wait_active(node: Host) -> None:
         assert time.monotonic() < deadline, "the service did not come back"
 
 
-@pytest.mark.parametrize("process", ["/usr/bin/python3 /usr/local/bin/vllm serve", "VLLM::EngineCore"])
+@pytest.mark.parametrize("process", [API_PROCESS, ENGINE_PROCESS])
 def test_a_killed_engine_leaves_nothing_behind_and_serves_again(
     process: str, deployed: Played, node: Host, url: str
 ) -> None:

@@ -7,7 +7,6 @@ import itertools
 import json
 import os
 import random
-import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from testinfra.host import Host
 
 import ocr_lines
 from guard_inputs import BAD, CHAT
-from lab import Play, Played
+from lab import Play, Played, deploy_guarded
 from ledger import COMPLETE
 from rendering import PROJECT
 from soak import Soaked, saturation, soak
@@ -38,12 +37,7 @@ REFUSED = [bad for bad in BAD if bad.path == CHAT]
 
 @pytest.fixture(scope="module")
 def key(deployed: Played, play: Play) -> str:
-    """Of the validation, whose rate is not limited, once front and guard are there."""
-    value = secrets.token_hex(24)
-    choices = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": value}, "vllm_service_guard": True}
-    result = play("deploy.yml", **choices)
-    assert result.rc == 0, result.failures
-    return value
+    return deploy_guarded(play)
 
 
 class Client:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +36,12 @@ FILES = (
 )
 #: The same, and the images the host has.
 STATE = f"{FILES}; docker images --no-trunc --quiet | sort"
+
+
+#: How the processes in the container are named.
+API_PROCESS, ENGINE_PROCESS = "/usr/bin/python3 /usr/local/bin/vllm serve", "VLLM::EngineCore"
+#: Seconds within which a service whose processes were killed answers again; the lab's engine starts on 2 CPU cores.
+BACK_SECONDS = 240
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,38 @@ def container_start(node: Host, engine: str = "docker") -> str:
     return str(node.run(f"{engine} container inspect --format '{{{{.State.StartedAt}}}}' glm-ocr").stdout.strip())
 
 
+def engine_pid(node: Host, pattern: str) -> int:
+    """The pid, in the node, of the container's process whose command line begins so."""
+    top = node.check_output("docker top glm-ocr -eo pid,args").splitlines()[1:]
+    (pid,) = [int(line.split(None, 1)[0]) for line in top if line.split(None, 1)[1].startswith(pattern)]
+    return pid
+
+
+def booted(node: Host) -> str:
+    """Waits until the node has booted, with all its services; returns what tells this boot from another."""
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        try:
+            node.run("systemctl is-system-running --wait")
+            return str(node.check_output("systemctl show --property=UserspaceTimestampMonotonic"))
+        except RuntimeError:  # testinfra's word for a connection that failed
+            continue
+    pytest.fail("the node does not answer over SSH")
+
+
 def release(node: Host) -> str:
     """The id of the release whose container runs."""
     label = '{{index .Config.Labels "glm-ocr.release"}}'
     return str(node.check_output(f"docker container inspect --format '{label}' glm-ocr"))
+
+
+def deploy_guarded(play: Play, **more: Any) -> str:
+    """Front and guard before the service; returns the validation's key, whose rate is not limited."""
+    key = secrets.token_hex(24)
+    choices = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": key}, "vllm_service_guard": True}
+    result = play("deploy.yml", **choices | more)
+    assert result.rc == 0, result.failures
+    return key
 
 
 def chat(url: str, content: Any, max_tokens: int = 128, key: str = "") -> requests.Response:

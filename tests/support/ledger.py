@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,8 @@ COMPLETE = ("stop", "length")
 class Ledger:
     """``complete`` and ``refused`` count requests; ``lost`` tells those that ended as 200 without being complete.
 
-    ``key`` is the one to send, if any; ``retry_after`` has what each 503 said of it.
+    ``key`` is the one to send, if any; ``retry_after`` has what each 503 said of it; ``longest_gap`` are the seconds of
+    the longest time without a complete reply, from the start or from one such reply to the next.
     """
 
     key: str = ""
@@ -26,6 +28,8 @@ class Ledger:
     refused: int = 0
     lost: list[str] = field(default_factory=list)
     retry_after: list[str | None] = field(default_factory=list)
+    longest_gap: float = 0.0
+    _last: float = field(default_factory=time.monotonic)
 
     def account(self, number: int, url: str) -> bool:
         """Sends one request; whether it was complete.  One that was refused is the sender's to repeat."""
@@ -44,6 +48,8 @@ class Ledger:
             self.lost.append(f"request {number}: finish_reason {choice['finish_reason']}")
             return True
         self.complete += 1
+        now = time.monotonic()
+        self.longest_gap, self._last = max(self.longest_gap, now - self._last), now
         return True
 
 

@@ -1,0 +1,152 @@
+"""What ends or hangs under load, and for how long nobody is served; `make recovery` makes a page of it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+from testinfra.host import Host
+
+from lab import (
+    API_PROCESS,
+    BACK_SECONDS,
+    ENGINE_PROCESS,
+    Play,
+    Played,
+    booted,
+    container_start,
+    deploy_guarded,
+    engine_pid,
+)
+from ledger import Ledger, ledger
+from rendering import PROJECT
+
+pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+
+CACHE = "/var/lib/glm-ocr/cache"
+#: Seconds in which roles/vllm_watchdog/README.md says that a hang is acted on.
+HANG_SECONDS = 108
+
+
+def signal_to(signal: str, process: str) -> Callable[[Host], None]:
+    return lambda node: node.check_output(f"kill -{signal} {engine_pid(node, process)}")
+
+
+def kill_front(node: Host) -> None:
+    node.check_output("kill -KILL $(systemctl show --property=MainPID --value glm-ocr-front)")
+
+
+def fill_disk(node: Host) -> None:
+    """What the engine writes to is full, and it has to start like that."""
+    node.check_output(f"mount -t tmpfs -o size=1m tmpfs {CACHE}")
+    assert node.run(f"dd if=/dev/zero of={CACHE}/ballast bs=4k").rc != 0
+    signal_to("KILL", ENGINE_PROCESS)(node)
+
+
+def free_disk(node: Host) -> None:
+    node.check_output(f"umount --lazy {CACHE}")
+
+
+def reboot(node: Host) -> None:
+    before = booted(node)
+    with pytest.raises(RuntimeError):  # the connection ends with the node
+        node.run("systemctl reboot && exec sleep infinity")
+    assert booted(node) != before
+
+
+def nothing(_: Host) -> None:
+    """There is nothing to undo."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``budget`` are the seconds within which a request must be answered again."""
+
+    name: str
+    provoke: Callable[[Host], None]
+    budget: float
+    undo: Callable[[Host], None] = nothing
+    restarts_engine: bool = True
+
+
+FAULTS = [
+    Fault("API process killed", signal_to("KILL", API_PROCESS), BACK_SECONDS),
+    Fault("engine process killed", signal_to("KILL", ENGINE_PROCESS), BACK_SECONDS),
+    Fault("engine process stopped, so that it hangs", signal_to("STOP", ENGINE_PROCESS), HANG_SECONDS + BACK_SECONDS),
+    Fault("front killed", kill_front, 10, restarts_engine=False),
+    Fault("disk of the compile cache full, engine process killed", fill_disk, BACK_SECONDS, free_disk),
+    Fault("node rebooted", reboot, BACK_SECONDS + 60),
+]
+
+
+@pytest.fixture(scope="module")
+def key(deployed: Played, play: Play) -> str:
+    return deploy_guarded(play, vllm_watchdog_enabled=True)
+
+
+@pytest.fixture(scope="module")
+def measured() -> Iterator[dict[str, Ledger]]:
+    """What each fault cost; a page of it, where one is wanted and all were provoked."""
+    books: dict[str, Ledger] = {}
+    yield books
+    if (target := os.environ.get("RECOVERY_PAGE")) and len(books) == len(FAULTS):
+        (PROJECT / target).write_text(page(books))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[fault.name.replace(" ", "-") for fault in FAULTS])
+def test_it_serves_again_within_its_budget(
+    fault: Fault, key: str, measured: dict[str, Ledger], node: Host, url: str
+) -> None:
+    before = container_start(node)
+    with ledger(url, key) as book:
+        until(lambda: book.complete > 0, 60)
+        fault.provoke(node)
+        try:
+            told = book.complete + book.refused
+            # A request of after the fault, refused or held, and then one that is answered.
+            until(lambda: book.refused > 0 or book.longest_gap > 1 or book.complete > told + 25, fault.budget)
+            served = book.complete
+            until(lambda: book.complete > served + 5, fault.budget)
+        finally:
+            fault.undo(node)
+    measured[fault.name] = book
+    # The fault was one.
+    assert (container_start(node) != before) is fault.restarts_engine
+    assert book.lost == []
+    assert book.longest_gap <= fault.budget
+    print(f"{fault.name}: {book.longest_gap:.1f} s without an answer, {book.complete} complete, {book.refused} refused")
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Returns once it holds; what is looked at is the ledger's own counting, which nothing announces."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def page(books: dict[str, Ledger]) -> str:
+    """docs/recovery.md: what the last run measured."""
+    today = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
+    lines = [
+        "# Recovery",
+        "",
+        "Written by `make recovery`; do not edit. One client sends requests all the while, each until complete.",
+        "Not served: the longest time between two complete replies. Refused: an explicit error, or a connection that",
+        "ended; each was sent again and completed. Lost: 200 without a complete reply. Most of it is the start of",
+        "the engine, on the lab's CPU; on an NPU it is another.",
+        "",
+        f"{today}, {os.cpu_count()} cores, with front, guard and watchdog.",
+        "",
+        "| fault | not served, s | budget, s | complete | refused | lost |",
+        "|---|---|---|---|---|---|",
+    ]
+    for fault in FAULTS:
+        book = books[fault.name]
+        counts = f"{book.complete} | {book.refused} | {len(book.lost)}"
+        lines.append(f"| {fault.name} | {book.longest_gap:.1f} | {fault.budget:.0f} | {counts} |")
+    return "\n".join([*lines, ""])
