@@ -196,6 +196,7 @@ def test_fifty_restarts_leave_nothing_behind(deployed: Played, node: Host) -> No
     assert lines >= RESTARTS
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("restored")
 def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(
     broken_image: str, node: Host, play: Play, url: str

@@ -100,6 +100,7 @@ def wheels(folder: Path, packages: dict[str, str]) -> dict[str, object]:
     return {"vllm_image_derived_wheels": names, "vllm_image_derived_wheels_dir": str(folder)}
 
 
+@pytest.mark.long
 def test_an_image_with_an_old_transformers_is_refused_and_the_derived_image_passes(
     derived_images_removed: None, restored: None, node: Host, play: Play, url: str, tmp_path: Path
 ) -> None:
