@@ -17,7 +17,7 @@ import requests
 from testinfra.host import Host
 
 from guard_inputs import BAD, CHAT, GOOD, Bad
-from lab import INVENTORY, WEIGHTS, Play, Played, chat, container_start, latest_report
+from lab import INVENTORY, WEIGHTS, Play, Played, chat, container_memory, container_start, latest_report
 from ledger import ledger
 from rendering import PROJECT
 
@@ -82,7 +82,10 @@ def test_the_engine_is_in_its_sandbox(guarded: Played, node: Host) -> None:
     host = container["HostConfig"]
     assert (host["CapDrop"], host["CapAdd"], host["Privileged"]) == (["ALL"], None, False)
     assert (host["ReadonlyRootfs"], host["SecurityOpt"]) == (True, ["no-new-privileges"])
-    assert (host["Memory"], host["MemorySwap"], host["PidsLimit"]) == (12 << 30, 12 << 30, 8192)
+    # A node of the lab may have no such controllers: Docker says so, and leaves the limits out.
+    can = json.loads(node.check_output("docker info --format '{{json .}}'"))
+    limits = (12 << 30 if can["MemoryLimit"] else 0, 8192 if can["PidsLimit"] else None)
+    assert (host["Memory"], host["PidsLimit"]) == limits
     assert set(host["Tmpfs"]) == {"/tmp", "/run", "/home/glm-ocr"}
     writable = [mount["Destination"] for mount in container["Mounts"] if mount["RW"]]
     assert sorted(writable) == ["/home/glm-ocr/.cache", "/run/glm-ocr"]
@@ -131,13 +134,6 @@ def test_no_key_no_inference(guarded: Played, node: Host, url: str, keys: dict[s
     assert chat(url, "OK", max_tokens=1, key=keys["alice"]).status_code == 200
 
 
-def memory(node: Host) -> int:
-    """Bytes that the engine's cgroup holds, without what the kernel keeps of files."""
-    folder = node.check_output("docker container inspect --format '{{.Id}}' glm-ocr")
-    stat = node.check_output(f"cat $(find /sys/fs/cgroup -path '*{folder}*' -name memory.stat | head -n 1)")
-    return sum(int(line.split()[1]) for line in stat.splitlines() if line.split()[0] in ("anon", "total_rss"))
-
-
 def send(url: str, bad: Bad, key: str) -> tuple[int, float]:
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
     started = time.monotonic()
@@ -149,10 +145,10 @@ def test_bad_input_is_refused_and_a_second_client_loses_nothing(
     guarded: Played, node: Host, url: str, keys: dict[str, str]
 ) -> None:
     assert len(BAD) >= 60
-    before = memory(node)
+    before = container_memory(node)
     with ledger(url, keys["bob"]) as book:
         answers = {bad.name: (bad, *send(url, bad, keys["validation"])) for bad in BAD}
-    grown = memory(node) - before
+    grown = container_memory(node) - before
     # The front has no route to what the guard would refuse by its path.
     wrong = {
         name: (bad.status, status)

@@ -43,7 +43,7 @@ def edited(path: str, expression: str) -> tuple[str, str]:
         pytest.param(*edited(NPU_SMI, "'/C2:00.0/d'"), "NPU_SMI", "npu-smi", id="truncated output"),
         pytest.param(
             "rm /dev/davinci0 /dev/davinci1",
-            "mknod /dev/davinci0 c 1 3 && mknod /dev/davinci1 c 1 3",
+            "mknod --mode=666 /dev/davinci0 c 1 3 && mknod --mode=666 /dev/davinci1 c 1 3",
             "HOST_DEVICES",
             "/dev/davinci0, /dev/davinci1",
             id="device nodes absent",

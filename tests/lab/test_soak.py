@@ -18,7 +18,7 @@ from testinfra.host import Host
 
 import ocr_lines
 from guard_inputs import BAD, CHAT
-from lab import Play, Played, deploy_guarded
+from lab import Play, Played, anonymous_memory, container_memory, deploy_guarded
 from ledger import COMPLETE
 from rendering import PROJECT
 from soak import Soaked, saturation, soak
@@ -75,16 +75,15 @@ class Client:
 
 
 def memory(node: Host) -> dict[str, float]:
-    """Bytes of this process, the front, and the engine with its guard, without what the kernel keeps of files."""
-    engine = node.check_output("docker container inspect --format '{{.Id}}' glm-ocr")
-    told = node.check_output(
-        f"grep -h '^anon ' $(find /sys/fs/cgroup -path '*{engine}*' -name memory.stat | head -n 1);"
-        " cat $(systemctl show --property=ControlGroup --value glm-ocr-front | sed 's|^|/sys/fs/cgroup|')/memory.stat"
-        " | grep '^anon '"
-    ).splitlines()
-    sizes = [float(line.split()[1]) for line in told]
+    """Bytes of anonymous memory of this process, the front, and the engine with its guard."""
+    main = node.check_output("systemctl show --property=MainPID --value glm-ocr-front")
+    workers = node.check_output(f"ps -o pid= --ppid {main}").split()
     own = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())["RssAnon"]
-    return {"client": 1024 * float(own.split()[0]), "front": sizes[1], "engine and guard": sizes[0]}
+    return {
+        "client": 1024 * float(own.split()[0]),
+        "front": anonymous_memory(node, [main, *workers]),
+        "engine and guard": container_memory(node),
+    }
 
 
 def test_nothing_is_lost_and_nothing_grows(key: str, node: Host, url: str) -> None:

@@ -111,6 +111,21 @@ def release(node: Host) -> str:
     return str(node.check_output(f"docker container inspect --format '{label}' glm-ocr"))
 
 
+def container_memory(node: Host) -> int:
+    """Bytes of anonymous memory that the container's processes hold (RssAnon in proc(5)).
+
+    Not its cgroup's: a node of the lab may have no memory controller.
+    """
+    pids = node.check_output("docker top glm-ocr -eo pid").split()[1:]
+    return anonymous_memory(node, pids)
+
+
+def anonymous_memory(node: Host, pids: Sequence[str]) -> int:
+    told = node.run(f"grep -h ^RssAnon: {' '.join(f'/proc/{pid}/status' for pid in pids)}").stdout.splitlines()
+    assert told, pids
+    return 1024 * sum(int(line.split()[1]) for line in told)
+
+
 def deploy_guarded(play: Play, **more: Any) -> str:
     """Front and guard before the service; returns the validation's key, whose rate is not limited."""
     key = secrets.token_hex(24)
