@@ -227,7 +227,9 @@ def test_removed_checked_on_a_fresh_host_and_deployed_with_podman(
     assert not node.service("glm-ocr").is_running
     assert not node.service("glm-ocr").is_enabled
 
-    podman = {"glm_ocr_container_engine": "podman", "vllm_service_sandbox": True, "vllm_service_sandbox_memory": "12g"}
+    podman = {"glm_ocr_container_engine": "podman", "vllm_service_sandbox": True}
+    # A node of the lab has no controllers for these.
+    podman |= {"vllm_service_sandbox_memory": "", "vllm_service_sandbox_pids": 0}
     with_podman = play("deploy.yml", **podman)
     assert with_podman.rc == 0, with_podman.failures
     assert container_start(node, "podman")

@@ -39,6 +39,15 @@ def test_the_probe_asks_in_the_sandbox_that_the_engine_gets(tmp_path: Path) -> N
     assert set(options) < set(exec_start(host.template_file("glm-ocr.service.j2")))
 
 
+def test_limits_are_left_out_where_the_kernel_has_none(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, **SANDBOX, vllm_service_sandbox_memory="", vllm_service_sandbox_pids=0)
+    unit = host.template_file("glm-ocr.service.j2")
+    assert "--cap-drop=ALL" in unit
+    assert "--memory" not in unit
+    assert "--pids-limit" not in unit
+    assert host.template("{{ __vllm_service_problems }}") == []
+
+
 def test_without_it_nothing_is_taken_away(tmp_path: Path) -> None:
     units = []
     for name, variables in (("plain", {}), ("off", SANDBOX | {"vllm_service_sandbox": False})):
