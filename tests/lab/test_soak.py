@@ -23,7 +23,7 @@ from ledger import COMPLETE
 from rendering import PROJECT
 from soak import Soaked, saturation, soak
 
-pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.soak, pytest.mark.usefixtures("restored")]
 
 SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
 #: Of the saturation, measured before, that is kept up.
