@@ -105,7 +105,7 @@ def test_weights_that_the_engine_may_not_read_are_refused(
     guarded: Played, choices: dict[str, Any], node: Host, play: Play
 ) -> None:
     before = container_start(node)
-    node.check_output(f"chmod 0640 {WEIGHTS}/config.json")
+    node.check_output(f"chmod 0600 {WEIGHTS}/config.json")
     try:
         # What passed is remembered by what it depends on; a mode is not among that.
         node.check_output("rm /var/lib/glm-ocr/probe.json")
@@ -114,7 +114,7 @@ def test_weights_that_the_engine_may_not_read_are_refused(
         node.check_output(f"chmod 0644 {WEIGHTS}/config.json")
     assert refused.rc != 0
     assert "[PROBE_ACCESS]" in refused.failures
-    assert f"{WEIGHTS}/config.json (mode 0640, owner 0:0)" in refused.failures
+    assert f"{WEIGHTS}/config.json (mode 0600, owner 0:0)" in refused.failures
     assert container_start(node) == before
 
 
