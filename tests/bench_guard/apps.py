@@ -1,8 +1,7 @@
 """What measure.py serves, each in a process of its own: an engine's stand-in, bare or guarded, and a proxy.
 
-    python apps.py engine|guarded|proxy ENGINE_PORT [SOCKET]
+    python apps.py engine|guarded|proxy ENGINE_PORT
 
-It listens on a port of its own choice, which it prints, or on a Unix socket, as the engine does behind the front.
 The stand-in takes the request as an API server must, body and JSON, then holds it for the seconds of the header X-Hold,
 as an engine does that generates; with X-Decode it decodes the images too, one after the other, as one API process does.
 """
@@ -81,11 +80,11 @@ def application(kind: str, port: int) -> App:
 
 
 def main() -> None:
-    kind, port, *path = sys.argv[1], int(sys.argv[2]), *sys.argv[3:]
-    with socket.socket(socket.AF_UNIX if path else socket.AF_INET) as listening:
-        listening.bind(path[0] if path else ("127.0.0.1", 0))
+    kind, port = sys.argv[1], int(sys.argv[2])
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
         listening.listen(1024)
-        print(0 if path else listening.getsockname()[1], flush=True)
+        print(listening.getsockname()[1], flush=True)
         config = uvicorn.Config(
             application(kind, port),
             loop="uvloop",

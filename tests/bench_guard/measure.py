@@ -1,8 +1,7 @@
-"""What guard and front cost, side by side: `make bench-guard` writes it into docs/request-guard.md.
+"""What the request guard costs, as middleware and as a proxy: `make bench-guard` writes it into docs/request-guard.md.
 
-Four arms, in processes of their own: the engine's stand-in, as with exposure direct; the same with the guard as
-middleware; a proxy with the guard before another stand-in; and HAProxy, as the front deploys it, before a stand-in with
-the guard on a Unix socket.
+Three arms, in processes of their own: the engine's stand-in, the same with the guard as middleware, and a proxy with
+the guard before another stand-in.
 
 - paced: ``CONCURRENCY`` clients, whose requests go to the three arms in turn, so that whatever else the machine does
   meets all of them.  Each is held for HOLD seconds, which makes the rate of all together the one that the seed's
@@ -28,7 +27,6 @@ import random
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,7 +40,6 @@ from pathlib import Path
 import uvloop
 
 import bench_workload
-import front
 import guard_inputs
 
 HERE = Path(__file__).resolve().parent
@@ -53,10 +50,8 @@ CONCURRENCY = 32
 SEED_RATE = 25.14  # requests/s, the seed's throughput
 HOLD = CONCURRENCY / SEED_RATE
 A4 = (1654, 2339)  # pixels at 200 dpi
-ARMS = {"none": "no guard", "guarded": "middleware", "proxy": "proxy", "front": "front and middleware"}
+ARMS = {"none": "no guard", "guarded": "middleware", "proxy": "proxy"}
 LIMIT_MS, LIMIT_LOSS = 1.0, 0.03
-#: Its rate is not limited; those without a front ignore it.
-KEY = front.KEYS["validation"]
 
 
 @dataclass
@@ -128,37 +123,20 @@ async def load(ports: Sequence[int], request: bytes, seconds: float, spread: flo
 
 def request(body: bytes, **headers: float) -> bytes:
     lines = ["POST /v1/chat/completions HTTP/1.1", "Host: a", "Content-Type: application/json"]
-    lines.append(f"Authorization: Bearer {KEY}")
     lines += [f"Content-Length: {len(body)}", *(f"X-{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 @contextmanager
-def serving(kind: str, engine: int = 0, at: Path | None = None) -> Iterator[Arm]:
+def serving(kind: str, engine: int = 0) -> Iterator[Arm]:
     """One of apps.py's servers."""
-    command = [sys.executable, str(HERE / "apps.py"), kind, str(engine), *([str(at)] if at else [])]
+    command = [sys.executable, str(HERE / "apps.py"), kind, str(engine)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             yield Arm(int(process.stdout.readline()), (process.pid,))
         finally:
             process.terminate()
-
-
-@contextmanager
-def fronted() -> Iterator[Arm]:
-    """HAProxy before a guarded stand-in."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        haproxy = front.Front(folder)
-        with serving("guarded", at=haproxy.socket) as behind:
-            haproxy.start()
-            haproxy.open()
-            try:
-                yield Arm(haproxy.port, haproxy.processes() + behind.processes)
-            finally:
-                haproxy.stop()
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -174,7 +152,6 @@ def measure(turns: int) -> Cells:
         behind = stack.enter_context(serving("engine"))
         proxy = stack.enter_context(serving("proxy", behind.port))
         arms["proxy"] = Arm(proxy.port, proxy.processes + behind.processes)
-        arms["front"] = stack.enter_context(fronted())
         text, image = bodies()["text"], bodies()["image"]
         for turn in range(-1, turns):  # the first warms up
             kept = cells if turn >= 0 else defaultdict(Cell)
@@ -282,7 +259,7 @@ def verdicts(cells: Cells) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What the request guard and the front cost.")
+    parser = argparse.ArgumentParser(description="What the request guard costs, as middleware and as a proxy.")
     parser.add_argument("--turns", type=int, default=6, help="turns of every arm in every load")
     parser.add_argument("--raw", type=Path, help="JSON of all latencies, rates and CPU seconds to write")
     arguments = parser.parse_args()
