@@ -44,13 +44,13 @@ test-front: .venv/dev  ## the front's tests with HAProxy itself: root, no lab; i
 test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab
 
-test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away (45 min)
+test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away, podman (70 min)
 	pytest -q -m "$(LONG)" tests/lab
 
 soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (70 min)
 	SOAK_SECONDS=3600 SOAK_PAGE=docs/soak.md pytest -q -m soak tests/lab
 
-recovery: lab  ## what ends or hangs under load, and for how long nobody is served, into docs/recovery.md (15 min)
+recovery: lab  ## what ends under load, and for how long nobody is served, into docs/recovery.md (15 min)
 	RECOVERY_PAGE=docs/recovery.md pytest -q tests/lab/test_recovery.py
 
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)

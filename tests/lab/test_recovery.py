@@ -1,4 +1,4 @@
-"""What ends or hangs under load, and for how long nobody is served; `make recovery` makes a page of it."""
+"""What ends under load, and for how long nobody is served; `make recovery` makes a page of it."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ from rendering import PROJECT
 pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
 
 CACHE = "/var/lib/glm-ocr/cache"
-#: Seconds in which roles/vllm_watchdog/README.md says that a hang is acted on.
-HANG_SECONDS = 108
 
 
 def signal_to(signal: str, process: str) -> Callable[[Host], None]:
@@ -48,7 +46,7 @@ def fill_disk(node: Host) -> None:
 
 
 def free_disk(node: Host) -> None:
-    node.check_output(f"umount --lazy {CACHE}")
+    node.run(f"umount --lazy {CACHE}")
 
 
 def reboot(node: Host) -> None:
@@ -76,7 +74,6 @@ class Fault:
 FAULTS = [
     Fault("API process killed", signal_to("KILL", API_PROCESS), BACK_SECONDS),
     Fault("engine process killed", signal_to("KILL", ENGINE_PROCESS), BACK_SECONDS),
-    Fault("engine process stopped, so that it hangs", signal_to("STOP", ENGINE_PROCESS), HANG_SECONDS + BACK_SECONDS),
     Fault("front killed", kill_front, 10, restarts_engine=False),
     Fault("disk of the compile cache full, engine process killed", fill_disk, BACK_SECONDS, free_disk),
     Fault("node rebooted", reboot, BACK_SECONDS + 60),
@@ -85,7 +82,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def key(deployed: Played, play: Play) -> str:
-    return deploy_guarded(play, vllm_watchdog_enabled=True)
+    return deploy_guarded(play)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +99,18 @@ def test_it_serves_again_within_its_budget(
     fault: Fault, key: str, measured: dict[str, Ledger], node: Host, url: str
 ) -> None:
     before = container_start(node)
+    # The starts that the faults before cost must not add up to the unit's limit.
+    node.check_output("systemctl reset-failed glm-ocr")
     with ledger(url, key) as book:
         until(lambda: book.complete > 0, 60)
-        fault.provoke(node)
+        refused, gap = book.refused, book.longest_gap
         try:
-            told = book.complete + book.refused
+            fault.provoke(node)
+            told = book.complete
             # A request of after the fault, refused or held, and then one that is answered.
-            until(lambda: book.refused > 0 or book.longest_gap > 1 or book.complete > told + 25, fault.budget)
+            until(
+                lambda: book.refused > refused or book.longest_gap > gap + 1 or book.complete > told + 25, fault.budget
+            )
             served = book.complete
             until(lambda: book.complete > served + 5, fault.budget)
         finally:
@@ -140,7 +142,7 @@ def page(books: dict[str, Ledger]) -> str:
         "ended; each was sent again and completed. Lost: 200 without a complete reply. Most of it is the start of",
         "the engine, on the lab's CPU; on an NPU it is another.",
         "",
-        f"{today}, {os.cpu_count()} cores, with front, guard and watchdog.",
+        f"{today}, {os.cpu_count()} cores, with front and guard.",
         "",
         "| fault | not served, s | budget, s | complete | refused | lost |",
         "|---|---|---|---|---|---|",

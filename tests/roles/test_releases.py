@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,16 @@ def test_what_the_unit_calls_is_put_in_place_once_and_mended(tmp_path: Path) -> 
     folder.chmod(0o700)
     assert len(provide("two\n")) == 2
     assert (tool.stat().st_mode & 0o777, folder.stat().st_mode & 0o777) == (0o755, 0o755)
+
+
+def test_lines_that_an_older_systemd_leaves_out_are_no_reason_to_refuse_a_unit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """systemd 243 knows them not, and goes on without; anything else that it does not know is a fault of the unit."""
+    said = [
+        f"/tmp/x/glm-ocr.service:{number}: Unknown {what} '{name}' in section 'Service'{end}"
+        for number, (what, name, end) in enumerate(
+            [("lvalue", "ProtectClock", ""), ("key name", "ProtectProc", ", ignoring."), ("lvalue", "ExecStrt", "")]
+        )
+    ]
+    done = subprocess.CompletedProcess([], 0, "\n".join([*said, "other.service: not ours"]))
+    monkeypatch.setattr(vllm_release, "run", lambda command: done)
+    assert vllm_release.verify("", "glm-ocr.service") == [said[2]]

@@ -62,10 +62,12 @@ def test_without_it_nothing_is_taken_away(tmp_path: Path) -> None:
         ("vllm_service_sandbox_user", "glm-ocr"),
         ("vllm_service_sandbox_user", "1000"),
         ("vllm_service_sandbox_memory", "0"),
+        ("vllm_service_sandbox_capabilities", ["CAP_IPC_LOCK"]),
+        ("vllm_service_sandbox_capabilities", ["ALL"]),
         ("vllm_service_sandbox_tmp_size", "4 GiB"),
     ],
 )
-def test_what_the_engine_would_not_take_is_a_problem(name: str, value: str, tmp_path: Path) -> None:
+def test_what_the_engine_would_not_take_is_a_problem(name: str, value: str | list[str], tmp_path: Path) -> None:
     (problem,) = HostVariables(tmp_path, **{name: value}).template("{{ __vllm_service_problems }}")
     assert name.removeprefix("vllm_service_sandbox") in problem
-    assert value in problem
+    assert (value if isinstance(value, str) else value[0]) in problem

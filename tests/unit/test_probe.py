@@ -219,7 +219,13 @@ def test_what_the_engine_may_not_open_is_told_with_mode_and_owner(
     monkeypatch.setattr(os, "access", access)
     weights = tmp_path / "weights"
     weights.mkdir()
-    for file, mode in (("weights", 0o755), ("weights/open", 0o644), ("weights/closed", 0o640), ("device", 0o444)):
+    for file, mode in (
+        ("weights", 0o755),
+        ("weights/open", 0o644),
+        ("weights/closed", 0o640),
+        ("weights/lost+found", 0o700),
+        ("device", 0o444),
+    ):
         (tmp_path / file).touch()
         (tmp_path / file).chmod(mode)
     told = probe.denied(weights, [str(tmp_path / "device"), str(tmp_path / "absent")])

@@ -8,7 +8,8 @@ from typing import Any, Iterable, List, Mapping, Optional, Sequence, Tuple
 
 from ansible.module_utils.findings import Finding
 
-#: systemd knows every line of our unit from here on.  docker: what openEuler still ships; every option used is in it.
+#: systemd knows every line of our unit from here on, but for three of its sandbox.  docker: what openEuler still ships;
+#: every option used is in it.
 #: podman: the oldest line that was tried, in the lab.
 SYSTEMD_MINIMUM = "243"
 ENGINE_MINIMUM = {"docker": "18.09", "podman": "4.0"}

@@ -33,6 +33,8 @@ FIRST_TRANSFORMERS = {"glm_ocr": "5.1.0"}
 DRIVER_LIBRARIES = Path("/usr/local/Ascend/driver/lib64")
 #: What the vision configuration of transformers means when config.json does not say (GlmOcrVisionConfig).
 VISION_DEFAULTS = {"in_channels": 3, "temporal_patch_size": 2, "patch_size": 14, "out_hidden_size": 1536}
+#: What may lie beside a checkpoint and the engine never reads.
+UNREAD = {".git", ".cache", "lost+found"}
 #: Tensors named in one finding.
 EXAMPLES = 4
 
@@ -427,7 +429,8 @@ def sha256(path: str) -> str | None:
 
 def denied(folder: Path, devices: Sequence[str]) -> list[str]:
     """What of ``folder`` cannot be read, and which devices cannot be read and written; what is absent is not told."""
-    wanted = {path: os.R_OK | (os.X_OK if os.path.isdir(path) else 0) for path in (folder, *sorted(folder.rglob("*")))}
+    files = [path for path in sorted(folder.rglob("*")) if not UNREAD & {*path.relative_to(folder).parts}]
+    wanted = {path: os.R_OK | (os.X_OK if os.path.isdir(path) else 0) for path in (folder, *files)}
     wanted |= {Path(device): os.R_OK | os.W_OK for device in devices}
     found = []
     for path, mode in wanted.items():
