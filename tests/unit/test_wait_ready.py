@@ -72,6 +72,8 @@ def engine_at(path: Path, status: int) -> Iterator[None]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
+            # Answered before it is read, a request may still be being sent when the connection closes: EPIPE.
+            self.rfile.read(int(self.headers["Content-Length"]))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(GENERATED.encode())
