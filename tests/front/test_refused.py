@@ -9,81 +9,18 @@ from collections.abc import Callable
 
 import pytest
 
-from front import KEYS, Answer, Engine, Front, answer
+from front import KEYS, SECONDS, Answer, Engine, Front, answer, running, serving
+from raw_requests import BODY, CHAT, MODELS, RAW, REWRITTEN, Raw, tell
 
 Build = Callable[[Front], bytes]
 AUTH = f"Authorization: Bearer {KEYS['alice']}"
 
 
-def raw(lines: str, body: str = "") -> Build:
-    """A request as text; {host} and {key} are good headers."""
-    return lambda front: (
-        (lines.replace("\n", "\r\n") + "\r\n\r\n" + body)
-        .replace("{host}", f"Host: 127.0.0.1:{front.port}")
-        .replace("{key}", AUTH)
-    ).encode("latin-1")
+def raw(lines: str) -> Build:
+    """A request as text; {host} is a good header."""
+    return lambda front: (lines.replace("\n", "\r\n") + "\r\n\r\n").replace("{host}", f"Host: {front.host}").encode()
 
 
-def get(target: str, key: str | None = "alice", method: str = "GET", **headers: str) -> Build:
-    return lambda front: front.head(target, key, method, **headers)
-
-
-#: failure-modes: everything but the named paths, in every spelling.
-PATHS = [
-    *("/invocations", "//invocations", "/%69nvocations", "/v1/../invocations", "/inference/v1/generate", "/tokenize"),
-    *("/scale_elastic_ep", "/detokenize", "/version", "/ping", "/load", "/docs", "/openapi.json", "/redoc", "/", "//"),
-    *("/v1/completions", "/v1/responses", "/v1/embeddings", "/v1/audio/transcriptions", "/start_profile", "/sleep"),
-    *("/v1%2fmodels", "/v1/%6dodels", "/v1/models/", "/v1//models", "/v1/./models", "/v1/models%00", "/V1/MODELS"),
-    *("/v1/models?a=b", "/v1/models;a", "/health/../invocations", "/metrics/", "/.well-known/x", "*", "v1/models"),
-]
-CHAT = "POST /v1/chat/completions HTTP/1.1\n{host}\n{key}\n"
-SHAPES: list[tuple[str, Build, set[int]]] = [
-    ("absolute form", lambda front: front.head(f"http://127.0.0.1:{front.port}/v1/models"), {404}),
-    ("absolute form of another host", get("http://evil.example/v1/models"), {400}),
-    ("absolute form, encoded", lambda front: front.head(f"http://127.0.0.1:{front.port}/%69nvocations"), {404}),
-    ("authority form", get("evil.example:443", method="CONNECT"), {400}),
-    ("fragment", get("/v1/models#x"), {400}),
-    ("another method", get("/v1/models", method="DELETE"), {405}),
-    ("chat by GET", get("/v1/chat/completions"), {405}),
-    ("models by POST", get("/v1/models", method="POST", Content_Length="0"), {405}),
-    ("OPTIONS", get("/v1/models", method="OPTIONS"), {405}),
-    ("TRACE", get("/v1/models", method="TRACE"), {405}),
-    ("CVE-2026-48746 with a key", get("/v1/chat/completions", Host="a/?", method="POST"), {400}),
-    ("another Host", get("/v1/models", Host="evil.example"), {400}),
-    ("another port in Host", get("/v1/models", Host="127.0.0.1:1"), {400}),
-    ("a list in Host", lambda front: front.head("/v1/models", Host=f"127.0.0.1:{front.port}, evil"), {400}),
-    ("a user in Host", lambda front: front.head("/v1/models", Host=f"evil@127.0.0.1:{front.port}"), {400}),
-    ("an empty Host", get("/v1/models", Host=""), {400}),
-    ("two Hosts", raw("GET /v1/models HTTP/1.1\n{host}\nHost: evil.example\n{key}"), {400}),
-    ("no Host", raw("GET /v1/models HTTP/1.1\n{key}"), {400}),
-    ("HTTP/1.0 without Host", raw("GET /v1/models HTTP/1.0\n{key}"), {400}),
-    ("HTTP/2 preface", lambda _: b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400}),
-    ("HTTP/3.0", raw("GET /v1/models HTTP/3.0\n{host}\n{key}"), {400}),
-    ("no HTTP at all", lambda _: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", {400}),
-    ("two lengths", raw(CHAT + "Content-Length: 5\nContent-Length: 6", "abcdef"), {400}),
-    ("two lengths in one", raw(CHAT + "Content-Length: 5, 6", "abcdef"), {400}),
-    ("length and chunked", raw(CHAT + "Content-Length: 5\nTransfer-Encoding: chunked", "0\r\n\r\n"), {400, 411}),
-    ("chunked", raw(CHAT + "Transfer-Encoding: chunked", "2\r\n{}\r\n0\r\n\r\n"), {411}),
-    ("chunked, another", raw(CHAT + "Transfer-Encoding: xchunked", "0\r\n\r\n"), {400}),
-    ("chunked not last", raw(CHAT + "Transfer-Encoding: chunked, identity", "0\r\n\r\n"), {400}),
-    ("chunked twice", raw(CHAT + "Transfer-Encoding: chunked\nTransfer-Encoding: chunked", "0\r\n\r\n"), {400, 411}),
-    ("chunked, a space before the colon", raw(CHAT + "Transfer-Encoding : chunked", "0\r\n\r\n"), {400}),
-    ("chunked, a tab", raw(CHAT + "Transfer-Encoding:\tchunked", "0\r\n\r\n"), {400, 411}),
-    ("negative length", raw(CHAT + "Content-Length: -5"), {400}),
-    ("signed length", raw(CHAT + "Content-Length: +5", "abcde"), {400}),
-    ("hexadecimal length", raw(CHAT + "Content-Length: 0x5", "abcde"), {400}),
-    ("length beyond 64 bits", raw(CHAT + "Content-Length: 99999999999999999999999"), {400}),
-    ("a body of 30 MB announced", raw(CHAT + "Content-Length: 30000000"), {413}),
-    ("a body of one byte too many", raw(CHAT + "Content-Length: 1048577"), {413}),
-    ("a GET with a body", raw("GET /v1/models HTTP/1.1\n{host}\n{key}\nContent-Length: 5", "abcde"), {400}),
-    ("100 KB in a header", get("/v1/models", X="a" * 100_000), {431}),
-    ("17 KB in headers", get("/v1/models", X="a" * 9_000, Y="a" * 8_000), {431}),
-    ("500 headers", raw("GET /v1/models HTTP/1.1\n{host}\n{key}" + "\nX: a" * 500), {400}),
-    ("100 KB of path", get("/" + "a" * 100_000), {404}),
-    ("a header without a name", raw("GET /v1/models HTTP/1.1\n{host}\n{key}\n: x"), {400}),
-    ("a control character in the path", raw("GET /v1/mo\x01dels HTTP/1.1\n{host}\n{key}"), {400}),
-    ("bytes beyond ASCII in the path", raw("GET /v1/mod\xe9ls HTTP/1.1\n{host}\n{key}"), {400, 404}),
-]
 KEYLESS: list[tuple[str, str]] = [
     ("wrong", "Authorization: Bearer " + "x" * 32),
     ("empty", "Authorization: Bearer "),
@@ -106,24 +43,45 @@ def refused(front: Front, engine: Engine, build: Build) -> Answer:
     reply = front.ask(build(front))
     assert time.monotonic() - started < 1
     assert len(engine.requests) == seen, "the engine saw it"
-    # What is no HTTP is refused by HAProxy's parser, in its own words.
-    assert (reply.status == 400 and b"invalid request" in reply.body) or reply.error["code"] == reply.status
+    assert reply.error["code"] == reply.status
     return reply
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("key", ["alice", None])
-def test_only_named_paths_are_there(path: str, key: str | None, open_front: tuple[Front, Engine]) -> None:
-    expected = {404} if path.startswith(("/", "*")) else {400, 404}
-    assert refused(*open_front, get(path, key)).status in expected
-    assert refused(*open_front, get(path, key, "POST", Content_Length="0")).status in expected
+@pytest.mark.parametrize("bad", RAW, ids=lambda bad: bad.name)
+def test_a_request_of_another_shape_is_refused(bad: Raw, open_front: tuple[Front, Engine]) -> None:
+    front, engine = open_front
+    seen = len(engine.requests)
+    told = tell(front.address, bad.sent(front.host, KEYS["alice"]), bad.cut)
+    assert told.answers[0] in bad.statuses
+    assert told.seconds < 1
+    assert told.closed, "what comes behind it would be served"
+    assert len(engine.requests) == seen, "the engine saw it"
 
 
-@pytest.mark.parametrize(("name", "build", "statuses"), SHAPES, ids=[name for name, *_ in SHAPES])
-def test_a_request_of_another_shape_is_refused(
-    name: str, build: Build, statuses: set[int], open_front: tuple[Front, Engine]
-) -> None:
-    assert refused(*open_front, build).status in statuses
+@pytest.mark.parametrize("bad", [bad for bad in RAW if not bad.cut], ids=lambda bad: bad.name)
+def test_a_request_behind_a_refused_one_is_not_served(bad: Raw, open_front: tuple[Front, Engine]) -> None:
+    front, engine = open_front
+    seen = len(engine.requests)
+    told = tell(front.address, bad.sent(front.host, KEYS["alice"]) + front.head("/v1/models"))
+    assert len(told.answers) == 1
+    assert told.answers[0] in bad.statuses
+    assert told.closed
+    assert told.seconds < 1
+    assert len(engine.requests) == seen, "the engine saw it"
+
+
+@pytest.mark.parametrize("odd", REWRITTEN, ids=lambda odd: odd.name)
+def test_what_is_odd_and_allowed_is_written_anew_for_the_engine(odd: Raw, open_front: tuple[Front, Engine]) -> None:
+    front, engine = open_front
+    seen = len(engine.requests)
+    # The second is there to see where the first one ended.
+    told = tell(front.address, odd.sent(front.host, KEYS["alice"]) + front.head("/health", Connection="close"))
+    assert told.answers == (200, 200)
+    (path, headers, body), (behind, *_) = engine.requests[seen:]
+    assert (path, behind) == (CHAT if body else MODELS, "/health")
+    assert body in (BODY.encode(), b"")
+    assert set(headers) <= {"host", "content-type", "content-length", "user-agent", "x-request-id", "connection"}
+    assert headers["connection"] == "close"
 
 
 @pytest.mark.parametrize(("name", "header"), KEYLESS, ids=[name for name, _ in KEYLESS])
@@ -164,3 +122,32 @@ def test_a_body_that_ends_early_does_not_reach_the_engine(hasty_front: tuple[Fro
         # Refused, or nobody is thought to listen any more.
         assert connection.recv(4096)[:13] in (b"HTTP/1.1 400 ", b"")
     assert not engine.requests
+
+
+def test_a_kept_connection_without_a_request_ends() -> None:
+    with running(ocr_front_keep_alive_seconds=1) as front, serving(front.socket):
+        front.open()
+        told = tell(front.address, front.head("/v1/models"))
+    assert told.answers == (200,)
+    assert told.closed
+    assert 1 <= told.seconds < 3
+
+
+def test_one_address_does_not_take_all_connections() -> None:
+    with running(ocr_front_max_connections=5, ocr_front_connections_per_source=3) as front, serving(front.socket):
+        front.open()
+        held = [front.connect() for _ in range(3)]
+        for connection in held:
+            connection.sendall(front.head("/v1/models"))
+            assert answer(connection).status == 200
+        assert tell(front.address, front.head("/v1/models")).body == b""
+        with socket.create_connection(front.address, SECONDS, ("127.0.0.2", 0)) as another:
+            another.sendall(front.head("/v1/models"))
+            assert answer(another).status == 200
+        held.pop().close()
+        # The place is free when HAProxy has seen the end of it.
+        deadline = time.monotonic() + SECONDS
+        while tell(front.address, front.head("/v1/models", Connection="close")).answers != (200,):
+            assert time.monotonic() < deadline
+        for connection in held:
+            connection.close()

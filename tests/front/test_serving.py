@@ -221,7 +221,7 @@ def test_the_files_and_the_log_have_names_and_no_key() -> None:
 
 def test_connections_take_the_memory_of_what_they_send() -> None:
     """The buffers are as large as the largest request; untouched, they are no memory."""
-    with running(ocr_front_max_connections=128) as front, serving(front.socket):
+    with running(ocr_front_connections_per_source=128) as front, serving(front.socket):
         front.open()
         assert front.ask(front.head("/v1/models")).status == 200
         before = front.memory()

@@ -128,6 +128,15 @@ class Front:
     def port(self) -> int:
         return self.ports[0]
 
+    @property
+    def address(self) -> tuple[str, int]:
+        return "127.0.0.1", self.port
+
+    @property
+    def host(self) -> str:
+        """As a client has it in its Host header."""
+        return f"127.0.0.1:{self.port}"
+
     def write(self) -> None:
         """The files, as the role puts them on a host."""
         inventory = Path(tempfile.mkdtemp(dir=self.folder))
@@ -229,7 +238,7 @@ class Front:
 
     def head(self, target: str, key: str | None = "alice", method: str = "GET", **headers: str) -> bytes:
         """A request up to the end of its headers; ``key`` is a name in ``KEYS``."""
-        given = {"Host": f"127.0.0.1:{self.port}", **{name.replace("_", "-"): value for name, value in headers.items()}}
+        given = {"Host": self.host, **{name.replace("_", "-"): value for name, value in headers.items()}}
         if key:
             given["Authorization"] = f"Bearer {KEYS.get(key, key)}"
         lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items())]
