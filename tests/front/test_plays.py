@@ -50,6 +50,7 @@ class Host:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "systemctl.py").write_text(SYSTEMCTL.format(folder=str(folder)))
+        stub(folder / "bin", "journalctl", "echo the cause is here")
         stub(folder / "bin", "systemctl", f'exec {sys.executable} {folder}/systemctl.py "$@"')
         self.variables: dict[str, Any] = HERE | {"glm_ocr_exposure": "front", "glm_ocr_keys": dict(KEYS)}
 
@@ -100,13 +101,16 @@ def test_keys_are_rotated_by_a_reload_that_is_never_forgotten(host: Host) -> Non
     modes = {
         path.name: (stat.S_IMODE(path.stat().st_mode), path.stat().st_gid) for path in (host.folder / "etc").iterdir()
     }
-    assert len(modes) == 2
+    assert len(modes) == 3
     assert set(modes.values()) == {(0o640, grp.getgrnam(USER).gr_gid)}
     assert stat.S_IMODE((host.folder / "etc").stat().st_mode) == 0o750
 
     host.variables["glm_ocr_keys"] = KEYS | {"carol": "c" * 40}
     (host.folder / "broken").touch()
-    assert host.play().rc != 0
+    failed = host.play()
+    assert failed.rc != 0
+    assert "found: Unable to reload service glm-ocr-front" in failed.output
+    assert "the cause is here" in failed.output
     (host.folder / "broken").unlink()
     owed = host.play("-vvv", "--diff")
     assert (owed.rc, owed.recap("npu-01")["changed"]) == (0, 1)

@@ -177,7 +177,7 @@ def test_keys_change_by_a_reload_and_no_request_is_lost() -> None:
             carol = "c" * 64
             del front.keys["alice"]
             front.keys["carol"] = carol
-            front.reload()
+            assert front.reload()
             assert front.ask(front.head("/v1/models", None, Authorization=f"Bearer {carol}")).status == 200
             assert front.ask(front.head("/v1/models", "alice")).status == 401
             stop.set()
@@ -186,6 +186,23 @@ def test_keys_change_by_a_reload_and_no_request_is_lost() -> None:
             assert answer(flying).status == 200
         assert set(statuses) <= {200, 429}
         assert statuses[0] == 200
+
+
+def test_a_reload_that_does_not_happen_is_told_and_what_runs_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy accepts the configuration, and finds out only then that its port is another's."""
+    monkeypatch.setattr("haproxy_reload.SECONDS", 1.0)
+    with running() as front, serving(front.socket):
+        front.open()
+        own = front.ports[0]
+        front.keys["carol"] = "c" * 64
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            front.ports[0] = taken.getsockname()[1]
+            assert not front.reload()
+        front.ports[0] = own
+        assert front.ask(front.head("/v1/models")).status == 200
+        assert front.ask(front.head("/v1/models", "c" * 64)).status == 401
+        assert front.reload()
+        assert front.ask(front.head("/v1/models", "c" * 64)).status == 200
 
 
 def test_a_front_that_is_stopped_completes_what_is_in_flight() -> None:
