@@ -18,6 +18,8 @@ for folder in (
     *PROJECT.glob("roles/*/action_plugins"),
     *PROJECT.glob("roles/*/callback_plugins"),
     *PROJECT.glob("roles/*/files"),
+    # Some of it is put beside a script too.
+    *PROJECT.glob("roles/*/module_utils"),
 ):
     sys.path.insert(0, str(folder))
 # As Ansible does when it ships a module of a role.

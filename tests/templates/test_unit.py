@@ -7,6 +7,8 @@ import json
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -296,3 +298,14 @@ def test_the_seeds_inventory_has_no_problem(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "accepted"), [("ExecStart=/bin/true", True), ("ExecStrat=/bin/true", False)])
 def test_a_unit_systemd_complains_about_is_refused(text: str, accepted: bool) -> None:
     assert (vllm_release.verify(f"[Service]\n{text}\n", "glm-ocr.service") == []) is accepted
+
+
+def test_what_the_unit_calls_runs_with_what_is_put_beside_it(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path, glm_ocr_library_dir=str(tmp_path / "lib"), ansible_python_interpreter=sys.executable)
+    (tmp_path / "lib").mkdir()
+    for path, text in host.template("{{ __vllm_service_tools }}").items():
+        Path(path).write_text(text)
+    command = [*host.template("{{ __vllm_service_wait_ready }}"), "--help"]
+    # Not as somebody who has the project's own modules in reach.
+    subprocess.run(command, check=True, cwd="/", env={}, stdout=subprocess.DEVNULL)
+    assert {path.name for path in (tmp_path / "lib").iterdir()} == {"wait_ready.py", "engine_socket.py", "unix_http.py"}

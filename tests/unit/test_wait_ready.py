@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import json
 import os
@@ -11,12 +12,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
+import engine_socket
 import wait_ready
 from fake_service import Service
 
@@ -66,7 +67,7 @@ def test_an_engine_that_ended_is_not_waited_for(closed_url: str, monkeypatch: py
     assert waited(closed_url, monkeypatch, timeout="900") == 1
 
 
-@contextmanager
+@contextlib.contextmanager
 def engine_at(path: Path, status: int) -> Iterator[None]:
     """An engine that listens on a Unix socket, for its own user alone, and generates or does not."""
 
@@ -117,3 +118,37 @@ def test_a_front_without_its_group_is_told(
 
 def test_an_engine_without_a_socket_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waited_behind_the_front(tmp_path / "absent", "root", monkeypatch) == 2
+
+
+@pytest.mark.parametrize("kind", ["a link to a file", "a link to a socket", "a file", "a folder"])
+def test_what_an_engine_puts_in_the_place_of_its_socket_is_not_touched(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, target = tmp_path / "engine.sock", tmp_path / "target"
+    group = grp.getgrgid(os.getgid()).gr_name
+    with contextlib.ExitStack() as stack:
+        if kind == "a link to a socket":
+            stack.enter_context(engine_at(target, 200))
+        elif kind == "a folder":
+            target.mkdir()
+        else:
+            target.write_text("secret")
+        if kind.startswith("a link"):
+            place.symlink_to(target)
+        else:
+            place = target
+        target.chmod(0o640)
+        before = target.stat()
+        assert (engine_socket.open_to(str(place), group), engine_socket.close(str(place))) == (3, 3)
+        after = target.stat()
+    assert (after.st_mode, after.st_gid, after.st_ctime_ns) == (before.st_mode, before.st_gid, before.st_ctime_ns)
+    told = capsys.readouterr().err
+    assert told.count(f"expected to give the socket {place} mode ") == 2
+
+
+def test_an_open_socket_is_closed_as_the_unit_does(tmp_path: Path) -> None:
+    """As a program of its own, with what the unit puts beside it and nothing else."""
+    with engine_at(tmp_path / "s", 200):
+        (tmp_path / "s").chmod(0o660)
+        subprocess.run([sys.executable, "-I", "-B", engine_socket.__file__, tmp_path / "s"], check=True)
+        assert stat.S_IMODE((tmp_path / "s").stat().st_mode) == 0o600

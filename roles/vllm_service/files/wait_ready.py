@@ -10,78 +10,33 @@ before.
 
 As ExecStartPost it also ends as soon as the unit's main process ($MAINPID) is gone.
 Exit 0 generated, 1 the main process is gone, 2 not within the timeout, 3 the socket could not be opened to the group.
-Standard library only: it runs on the host.
+Standard library only, with engine_socket.py and unix_http.py beside it: it runs on the host.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import http.client
 import json
 import os
-import shutil
-import socket
 import sys
 import time
 import urllib.error
-import urllib.request
-from typing import Any
+
+import engine_socket
+import unix_http
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """To a Unix socket at ``path``, whatever the URL's host is."""
-
-    def __init__(self, host: str, path: str, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class UnixHandler(urllib.request.HTTPHandler):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._connection: Any = functools.partial(UnixConnection, path=path)
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request)
-
-
-def generates(url: str, model: str, timeout: float, socket_path: str = "") -> str:
+def generates(url: str, model: str, timeout: float, socket: str = "") -> str:
     """Ask for one token.  Returns "" when it came, else what came instead."""
     body = {"model": model, "messages": [{"role": "user", "content": "OK"}], "max_tokens": 1, "temperature": 0}
-    # With a socket the URL's scheme and host are names alone, and the front's TLS is not the engine's.
-    request = urllib.request.Request(
-        ("http://engine" if socket_path else url) + "/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    # The service is on this host: a proxy of the environment must not see the request.
-    handlers = [urllib.request.ProxyHandler({}), *([UnixHandler(socket_path)] if socket_path else [])]
-    opener = urllib.request.build_opener(*handlers)
     try:
-        with opener.open(request, timeout=timeout) as response:
+        with unix_http.ask(url, "/v1/chat/completions", timeout, socket, json.dumps(body).encode()) as response:
             tokens = json.load(response)["usage"]["completion_tokens"]
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
     return "" if tokens >= 1 else "no token was generated"
-
-
-def open_to(path: str, group: str) -> int:
-    """Let the processes of ``group`` connect to the socket: exit status 0, or 3 when that failed."""
-    try:
-        shutil.chown(path, group=group)
-        os.chmod(path, 0o660)
-    except (OSError, LookupError) as error:
-        print(f"expected to open {path} to the group {group}; found: {error}", file=sys.stderr)
-        return 3
-    return 0
 
 
 def main() -> int:
@@ -98,7 +53,7 @@ def main() -> int:
         remaining = end - time.monotonic()
         answer = generates(arguments.url, arguments.model, max(remaining, 1.0), arguments.socket)
         if not answer:
-            return open_to(arguments.socket, arguments.open_to) if arguments.open_to else 0
+            return engine_socket.open_to(arguments.socket, arguments.open_to) if arguments.open_to else 0
         if main_process and not os.path.exists(f"/proc/{main_process}"):
             print("the engine ended before it could generate; its own messages are above", file=sys.stderr)
             return 1

@@ -3,15 +3,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.client
 import re
-import socket as sockets
 import time
 import urllib.error
-import urllib.request
-from typing import Any, Dict, Optional, Tuple
+from typing import Dict, Optional, Tuple
 
+from ansible.module_utils import unix_http
 from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
@@ -55,35 +52,9 @@ def in_flight(metrics: str) -> Tuple[Optional[int], str]:
     return sum(counts.values()), "{running} running, {waiting} waiting".format(**counts)
 
 
-class UnixConnection(http.client.HTTPConnection):
-    """To a Unix socket at ``path``, whatever the URL's host is."""
-
-    def __init__(self, host: str, path: str, **options: Any) -> None:
-        super().__init__(host, **options)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = sockets.socket(sockets.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class UnixHandler(urllib.request.HTTPHandler):
-    def __init__(self, path: str) -> None:
-        super().__init__()
-        self._connection: Any = functools.partial(UnixConnection, path=path)
-
-    def http_open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
-        return self.do_open(self._connection, request)
-
-
 def ask(url: str, timeout: float, socket: str = "") -> Tuple[Optional[int], str]:
-    # The service is on this host: a proxy of the environment must not see the question.
-    handlers = [urllib.request.ProxyHandler({}), *([UnixHandler(socket)] if socket else [])]
-    opener = urllib.request.build_opener(*handlers)
     try:
-        # With a socket the URL's scheme and host are names alone, and the front's TLS is not the engine's.
-        with opener.open(("http://engine" if socket else url) + "/metrics", timeout=timeout) as response:
+        with unix_http.ask(url, "/metrics", timeout, socket) as response:
             return in_flight(response.read().decode(errors="replace"))
     except urllib.error.URLError as error:
         if isinstance(error.reason, (ConnectionRefusedError, FileNotFoundError)):
