@@ -59,6 +59,9 @@ test-browser: browser  ## the reports' pages in a real Chromium, at two widths a
 screenshots: browser  ## pictures of the lab's last report, into docs/images
 	PYTHONPATH=tests/support python tests/browser/screenshots.py reports/node1/latest docs/images
 
+exposure-table: lab  ## what front and guard refuse, and what direct does with it, into docs/exposure.md (30 min)
+	EXPOSURE_PAGE=docs/exposure.md pytest -q tests/lab/test_exposure_table.py
+
 fault-table: lab  ## injected faults and healthy runs under all stages, in the lab, into docs/fault-table.md (75 min)
 	pytest -q -m faults tests/faults
 
@@ -86,4 +89,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table machine browser
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import secrets
 import socket
@@ -19,6 +20,7 @@ from testinfra.host import Host
 from guard_inputs import BAD, CHAT, GOOD, Bad
 from lab import INVENTORY, WEIGHTS, Play, Played, chat, container_memory, container_start, latest_report
 from ledger import ledger
+from raw_requests import HOST, KEY, MODELS, RAW, head, tell
 from rendering import PROJECT
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
@@ -32,6 +34,8 @@ SANDBOX = {
 }
 #: How long a refusal may take, and by how much all of them together may make the engine grow.
 REFUSAL_SECONDS, GROWTH_BYTES = 1.0, 100e6
+#: uvicorn's lines, one a request.
+SEEN = 'HTTP/1\\.[01]"|Invalid HTTP request'
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
 
 
@@ -161,6 +165,36 @@ def test_bad_input_is_refused_and_a_second_client_loses_nothing(
     assert book.complete > 0
     assert grown < GROWTH_BYTES
     print(f"{len(BAD)} refused, the engine grew by {grown / 1e6:.0f} MB, {book.complete} requests beside them complete")
+
+
+def seen_by_the_engine(node: Host) -> int:
+    """Requests in the engine's own log, those that it could not read among them."""
+    lines = node.run(f"journalctl --unit glm-ocr --output cat --no-pager --grep '{SEEN}'").stdout
+    return len(lines.splitlines())
+
+
+def test_of_all_raw_requests_the_engine_sees_nothing(
+    guarded: Played, node: Host, url: str, keys: dict[str, str]
+) -> None:
+    address = (node.backend.hostname, 8000)
+    behind = head(f"GET {MODELS} HTTP/1.1", HOST, KEY)
+    before = seen_by_the_engine(node)
+    wrong: dict[str, Any] = {}
+    for raw in RAW:
+        for text in [raw.text] if raw.cut else [raw.text, raw.text + behind]:
+            sent = dataclasses.replace(raw, text=text).sent(f"{address[0]}:8000", keys["validation"])
+            told = tell(address, sent, raw.cut)
+            if len(told.answers) > 1 or told.answers[0] not in raw.statuses or not told.closed:
+                wrong[raw.name] = (told.answers, told.closed)
+            elif told.seconds > REFUSAL_SECONDS:
+                wrong[raw.name] = (told.answers, told.seconds)
+    assert wrong == {}
+    # What is written behind all of them: one that would have been seen is in the log before it.
+    assert requests.get(url + MODELS, headers={"Authorization": f"Bearer {keys['alice']}"}, timeout=10).ok
+    deadline = time.monotonic() + 30
+    while (after := seen_by_the_engine(node)) == before:
+        assert time.monotonic() < deadline, "the engine's log does not tell what it sees"
+    assert after == before + 1
 
 
 @pytest.mark.parametrize("name", ["the seed's", "an image", "plain Chinese", "marks to stop at"])

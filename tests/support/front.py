@@ -21,7 +21,8 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
-import wait_ready
+import engine_socket
+import haproxy_reload
 from rendering import HostVariables
 
 #: The program and the user of the distribution's package, as in the unit.
@@ -175,13 +176,15 @@ class Front:
             )
         self._ready()
 
-    def reload(self) -> None:
-        """As ExecReload does: checked, then taken over by a new process."""
+    def reload(self) -> bool:
+        """As ExecReload does: checked, then taken over by a new process; whether it was."""
         assert self._process
         self.write()
         subprocess.run([PROGRAM, "-c", "-q", "-f", str(self.folder / "haproxy.cfg")], check=True)
-        self._signal(signal.SIGUSR2, b"RELOADING=1")
+        if not haproxy_reload.reload(self._process.pid):
+            return False
         self._ready()
+        return True
 
     def begin_to_stop(self) -> None:
         """The unit's KillSignal, to the main process alone."""
@@ -224,11 +227,11 @@ class Front:
 
     def open(self) -> None:
         """What the engine's unit does once a generation succeeded."""
-        assert wait_ready.open_to(str(self.socket), USER) == 0
+        assert engine_socket.open_to(str(self.socket), USER) == 0
 
     def close(self) -> None:
         """What the engine's unit does before it stops."""
-        self.socket.chmod(0o600)
+        assert engine_socket.close(str(self.socket)) == 0
 
     # --- clients ------------------------------------------------------------------------------------------
 

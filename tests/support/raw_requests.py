@@ -5,6 +5,7 @@ Every one gets one of its statuses and its connection is closed, so that nothing
 
 from __future__ import annotations
 
+import contextlib
 import json
 import select
 import socket
@@ -337,22 +338,28 @@ class Told:
     seconds: float
 
 
-def tell(address: tuple[str, int], request: bytes, cut: bool = False, seconds: float = 5.0) -> Told:
-    """What comes back until the connection is closed, or for so long."""
+def tell(
+    address: tuple[str, int], request: bytes, cut: bool = False, seconds: float = 5.0, until_closed: bool = True
+) -> Told:
+    """What comes back until the connection is closed, or for so long; or, where that is enough, the first of it."""
     started = time.monotonic()
     received, closed = b"", False
     with socket.create_connection(address, timeout=seconds) as connection:
-        try:
+        # One that refuses early may not read it all, and has answered.
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
             connection.sendall(request)
             if cut:
                 connection.shutdown(socket.SHUT_WR)
+        try:
             while (left := started + seconds - time.monotonic()) > 0 and select.select([connection], [], [], left)[0]:
                 part = connection.recv(65536)
                 received += part
                 if not part:
                     closed = True
                     break
-        except (ConnectionResetError, BrokenPipeError):
+                if not until_closed and received.count(b"\r\n"):
+                    break
+        except ConnectionResetError:
             closed = True
     lines = [part.split(b" ", 2) for part in received.split(b"HTTP/1.")[1:]]
     answers = tuple(int(words[1]) for words in lines if len(words) > 2 and words[1].isdigit())
