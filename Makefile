@@ -74,9 +74,10 @@ clean: .venv/dev  ## take the lab down; its caches stay
 bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/bench-peers.md (20 min, GBs of peers)
 	python tests/bench_peers/compare.py
 
-bench-guard: .venv/dev  ## what the request guard costs, as middleware and as a proxy, into docs/request-guard.md (5 min)
+bench-guard: .venv/dev  ## what front and guard cost beside exposure direct, into docs/request-guard.md (8 min, root)
+	@.ci/bootstrap front
 	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
-	PYTHONPATH=files/guard:files/scripts:tests/support python tests/bench_guard/measure.py
+	PYTHONPATH=files/guard:files/scripts:roles/vllm_service/files:tests/support python tests/bench_guard/measure.py
 
 # All that the lab needs of this machine, before anything is installed.
 machine:

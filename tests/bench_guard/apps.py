@@ -1,19 +1,22 @@
 """What measure.py serves, each in a process of its own: an engine's stand-in, bare or guarded, and a proxy.
 
-    python apps.py engine|guarded|proxy ENGINE_PORT
+    python apps.py engine|guarded|proxy [--socket PATH] [--engine PORT]
 
-The stand-in takes the request as an API server must, body and JSON, then holds it for the seconds of the header X-Hold,
-as an engine does that generates; with X-Decode it decodes the images too, one after the other, as one API process does.
+It listens on a port of its own choice, which it prints, or on a Unix socket, as the engine does behind the front.
+
+The stand-in takes the request as an API server must, body and JSON.  The User-Agent, which the front passes on, tells
+it the rest as JSON: ``hold`` are seconds to wait, as for an engine that generates; with ``decode`` it decodes the
+images too, one after the other, as one API process does.  A request that does not tell is answered 500.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
 import json
 import socket
-import sys
 from typing import Any
 
 import aiohttp
@@ -28,17 +31,17 @@ HEADERS = [(b"content-type", b"application/json"), (b"content-length", b"%d" % l
 
 
 async def engine(scope: Scope, receive: Receive, send: Send) -> None:
-    headers = dict(scope["headers"])
+    told = json.loads(dict(scope["headers"])[b"user-agent"])
     chunks, more = [], True
     while more:
         message = await receive()
         chunks.append(message["body"])
         more = message.get("more_body", False)
     request = json.loads(b"".join(chunks))
-    if b"x-decode" in headers:
+    if told["decode"]:
         decode(request)
-    if seconds := float(headers.get(b"x-hold", 0)):
-        await asyncio.sleep(seconds)
+    if told["hold"]:
+        await asyncio.sleep(told["hold"])
     await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
     await send({"type": "http.response.body", "body": REPLY})
 
@@ -80,13 +83,17 @@ def application(kind: str, port: int) -> App:
 
 
 def main() -> None:
-    kind, port = sys.argv[1], int(sys.argv[2])
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
+    parser = argparse.ArgumentParser(description="An engine's stand-in, or the proxy before it.")
+    parser.add_argument("kind", choices=("engine", "guarded", "proxy"))
+    parser.add_argument("--socket", default="", help="Unix socket to listen on instead of a port")
+    parser.add_argument("--engine", type=int, default=0, help="port that the proxy sends to")
+    arguments = parser.parse_args()
+    with socket.socket(socket.AF_UNIX if arguments.socket else socket.AF_INET) as listening:
+        listening.bind(arguments.socket or ("127.0.0.1", 0))
         listening.listen(1024)
-        print(listening.getsockname()[1], flush=True)
+        print(0 if arguments.socket else listening.getsockname()[1], flush=True)
         config = uvicorn.Config(
-            application(kind, port),
+            application(arguments.kind, arguments.engine),
             loop="uvloop",
             http="httptools",
             lifespan="off",

@@ -1,18 +1,18 @@
-"""What the request guard costs, as middleware and as a proxy: `make bench-guard` writes it into docs/request-guard.md.
+"""What front and guard cost beside exposure direct: `make bench-guard` writes it into docs/request-guard.md.
 
-Three arms, in processes of their own: the engine's stand-in, the same with the guard as middleware, and a proxy with
-the guard before another stand-in.
+Five arms (ARMS), in processes of their own: the engine's stand-in alone, with the guard as middleware, behind HAProxy
+with the configuration that is deployed, behind it with the guard; and a proxy with the guard before a stand-in.
 
-- paced: ``CONCURRENCY`` clients, whose requests go to the three arms in turn, so that whatever else the machine does
+- paced: ``CONCURRENCY`` clients, whose requests go to the arms in turn, so that whatever else the machine does
   meets all of them.  Each is held for HOLD seconds, which makes the rate of all together the one that the seed's
-  benchmark reached.  Latency is that of a request minus HOLD; added latency is the difference of the quantiles.
+  benchmark reached.  Latency is that of a request minus HOLD; added latency is the difference of two arms' medians.
 - saturated: ``CONCURRENCY`` clients, nothing held; the arms take turns of seconds, in random order.  For images the
-  stand-in decodes them.
+  stand-in decodes them.  Throughput is the replies of a turn over its seconds; what is lost is 1 - with it / without
+  it, of the two arms' figures of one turn, the median over the turns.
 
 CPU of a request is the time that the arm's processes were on a core (/proc/PID/task/*/schedstat) over the requests
-of a turn, the median over the turns.  The throughput of a process at its limit is the inverse, so the share lost to
-the guard is 1 - CPU without it / CPU with it.  Requests over seconds of the clock are given too: they take in what
-the client and others needed of the machine.
+of a turn, the median over the turns.  The throughput of a machine at its limit is the inverse, so the share lost by CPU
+is 1 - CPU without it / CPU with it.  It does not depend on what the client and others needed of the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import cache
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 
 import uvloop
 
 import bench_workload
+import front
 import guard_inputs
 
 HERE = Path(__file__).resolve().parent
@@ -50,15 +52,30 @@ CONCURRENCY = 32
 SEED_RATE = 25.14  # requests/s, the seed's throughput
 HOLD = CONCURRENCY / SEED_RATE
 A4 = (1654, 2339)  # pixels at 200 dpi
-ARMS = {"none": "no guard", "guarded": "middleware", "proxy": "proxy"}
+ARMS = {
+    "direct": "direct",
+    "guarded": "direct, guard",
+    "front": "front",
+    "fronted": "front, guard",
+    "proxy": "direct, guard as a proxy",
+}
+#: What is added: the arm that has it, the one that has not, and whether the limits are for it.
+ADDED = {
+    "guard": ("guarded", "direct", True),
+    "guard behind the front": ("fronted", "front", True),
+    "guard as a proxy": ("proxy", "direct", True),
+    "front": ("front", "direct", False),
+    "front and guard": ("fronted", "direct", False),
+}
+#: Wanted of a guard.
 LIMIT_MS, LIMIT_LOSS = 1.0, 0.03
 
 
 @dataclass
 class Cell:
-    """What one arm did under one load: ``latencies`` in seconds; for each turn requests/s and CPU seconds a request."""
+    """What one arm did under one load, by turn: ``latencies`` in seconds, requests/s, and CPU seconds a request."""
 
-    latencies: list[float] = field(default_factory=list)
+    latencies: list[list[float]] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
 
@@ -68,7 +85,7 @@ Cells = dict[tuple[str, str, str], Cell]
 
 @dataclass(frozen=True)
 class Arm:
-    """A port to ask, and the processes behind it."""
+    """A port to ask, or a socket that the front asks, and the processes behind it."""
 
     port: int
     processes: tuple[int, ...]
@@ -100,7 +117,7 @@ async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, r
 
 
 async def client(ports: Sequence[int], request: bytes, begin: float, end: float) -> list[list[float]]:
-    """Seconds of each request, by port: to one after the other, between two moments of the clock."""
+    """Seconds of each request, by port: to one port after the other, between two moments of the clock."""
     await asyncio.sleep(begin - time.perf_counter())
     connections = [await asyncio.open_connection("127.0.0.1", port) for port in ports]
     seconds: list[list[float]] = [[] for _ in ports]
@@ -121,22 +138,49 @@ async def load(ports: Sequence[int], request: bytes, seconds: float, spread: flo
     return [[one for each in found for one in each[at]] for at in range(len(ports))]
 
 
-def request(body: bytes, **headers: float) -> bytes:
-    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: a", "Content-Type: application/json"]
-    lines += [f"Content-Length: {len(body)}", *(f"X-{name}: {value}" for name, value in headers.items())]
+def request(body: bytes, hold: float = 0.0, decode: bool = False) -> bytes:
+    """With all that the front wants; the others do not look at it."""
+    headers = {
+        "Host": "localhost",
+        "Authorization": f"Bearer {front.KEYS['validation']}",  # whose rate is not limited
+        "User-Agent": json.dumps({"hold": hold, "decode": decode}),
+        "Content-Type": "application/json",
+        "Content-Length": len(body),
+    }
+    lines = [f"POST {guard_inputs.CHAT} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
 @contextmanager
-def serving(kind: str, engine: int = 0) -> Iterator[Arm]:
+def serving(kind: str, *options: str) -> Iterator[Arm]:
     """One of apps.py's servers."""
-    command = [sys.executable, str(HERE / "apps.py"), kind, str(engine)]
+    command = [sys.executable, str(HERE / "apps.py"), kind, *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         try:
             yield Arm(int(process.stdout.readline()), (process.pid,))
         finally:
             process.terminate()
+
+
+@contextmanager
+def fronted(kind: str) -> Iterator[Arm]:
+    """HAProxy as it is deployed before one of apps.py's servers, on a Unix socket as the engine is."""
+    with front.folder() as folder:
+        haproxy = front.Front(folder)
+        with serving(kind, "--socket", str(haproxy.socket)) as behind:
+            try:
+                haproxy.start()
+                haproxy.open()
+                yield Arm(haproxy.port, haproxy.processes() + behind.processes)
+            finally:
+                haproxy.stop()
+
+
+@contextmanager
+def proxied() -> Iterator[Arm]:
+    with serving("engine") as behind, serving("proxy", "--engine", str(behind.port)) as proxy:
+        yield Arm(proxy.port, proxy.processes + behind.processes)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -148,18 +192,21 @@ def measure(turns: int) -> Cells:
     """By load (paced, saturated), kind of request and arm."""
     cells: Cells = defaultdict(Cell)
     with ExitStack() as stack:
-        arms = {"none": stack.enter_context(serving("engine")), "guarded": stack.enter_context(serving("guarded"))}
-        behind = stack.enter_context(serving("engine"))
-        proxy = stack.enter_context(serving("proxy", behind.port))
-        arms["proxy"] = Arm(proxy.port, proxy.processes + behind.processes)
+        arms = {
+            "direct": stack.enter_context(serving("engine")),
+            "guarded": stack.enter_context(serving("guarded")),
+            "front": stack.enter_context(fronted("engine")),
+            "fronted": stack.enter_context(fronted("guarded")),
+            "proxy": stack.enter_context(proxied()),
+        }
         text, image = bodies()["text"], bodies()["image"]
         for turn in range(-1, turns):  # the first warms up
             kept = cells if turn >= 0 else defaultdict(Cell)
-            take_turn(kept, "paced", "text", arms, request(text, Hold=HOLD), 8 * HOLD)
-            take_turn(kept, "paced", "image", arms, request(image, Hold=HOLD), 8 * HOLD)
+            take_turn(kept, "paced", "text", arms, request(text, HOLD), 8 * HOLD)
+            take_turn(kept, "paced", "image", arms, request(image, HOLD), 8 * HOLD)
             for name in random.sample(list(arms), len(arms)):
                 take_turn(kept, "saturated", "text", {name: arms[name]}, request(text), 0.5)
-                take_turn(kept, "saturated", "image", {name: arms[name]}, request(image, Decode=1), 2.0)
+                take_turn(kept, "saturated", "image", {name: arms[name]}, request(image, decode=True), 2.0)
             print(f"turn {turn + 1} of {turns}", file=sys.stderr)
     return cells
 
@@ -169,11 +216,13 @@ def take_turn(cells: Cells, mode: str, kind: str, arms: Mapping[str, Arm], reque
     cpu, began = [arm.cpu_seconds() for arm in arms.values()], time.perf_counter()
     found = uvloop.run(load([arm.port for arm in arms.values()], request, seconds, held))
     took = time.perf_counter() - began
+    if min(map(min, found)) < held:
+        raise RuntimeError(f"expected every reply after {held:.2f} s; found {min(map(min, found)):.2f} s")
     for (name, arm), before, latencies in zip(arms.items(), cpu, found, strict=True):
         cell = cells[mode, kind, name]
         cell.rates.append(len(latencies) / took)
         cell.cpu.append((arm.cpu_seconds() - before) / len(latencies))
-        cell.latencies += [one - held for one in latencies]
+        cell.latencies.append([one - held for one in latencies])
 
 
 def alone(rounds: int = 200) -> dict[str, float]:
@@ -190,79 +239,103 @@ def alone(rounds: int = 200) -> dict[str, float]:
     return found
 
 
-def lost(cells: Cells, kind: str, arm: str) -> float:
-    """Share of the throughput of a process at its limit."""
-    without, with_it = (statistics.median(cells["saturated", kind, one].cpu) for one in ("none", arm))
+def p50(latencies: Sequence[float]) -> float:
+    return quantile(latencies, 0.5) * 1e3
+
+
+def added(cells: Cells, kind: str, arm: str, beside: str) -> tuple[float, list[float]]:
+    """Milliseconds that an arm's p50 is above that of another: of all requests, and in each turn."""
+    one, other = (cells["paced", kind, name].latencies for name in (arm, beside))
+    turns = [p50(a) - p50(b) for a, b in zip(one, other, strict=True)]
+    return p50(list(chain(*one))) - p50(list(chain(*other))), turns
+
+
+def lost(cells: Cells, kind: str, arm: str, beside: str) -> list[float]:
+    """Share of the throughput that an arm has less than another, in each turn."""
+    one, other = (cells["saturated", kind, name].rates for name in (arm, beside))
+    return [1 - a / b for a, b in zip(one, other, strict=True)]
+
+
+def lost_by_cpu(cells: Cells, kind: str, arm: str, beside: str) -> float:
+    with_it, without = (statistics.median(cells["saturated", kind, name].cpu) for name in (arm, beside))
     return 1 - without / with_it
 
 
 def page(cells: Cells, checks: dict[str, float], loads: tuple[float, float]) -> str:
     sizes = {kind: len(body) for kind, body in bodies().items()}
     packages = [f"{name} {version(name)}" for name in ("uvicorn", "uvloop", "httptools", "pybase64", "aiohttp")]
+    haproxy = subprocess.check_output([front.PROGRAM, "-v"], text=True).split()[2]
     lines = [
         f"Measured {datetime.now(timezone.utc):%Y-%m-%d}, Python {platform.python_version()}, {', '.join(packages)},",
-        f"on {os.cpu_count()} cores ({platform.machine()}) that client, servers and others shared: 1-minute load",
-        f"{loads[0]:.1f} before, {loads[1]:.1f} after. The text request has {sizes['text']} bytes, the image request",
-        f"{sizes['image']:,}: a PNG of 1 MB, {A4[0]} by {A4[1]} pixels. The formulas are in `tests/bench_guard`.",
+        f"HAProxy {haproxy}, on {os.cpu_count()} cores ({platform.machine()}) that client, servers and others shared:",
+        f"1-minute load {loads[0]:.1f} before, {loads[1]:.1f} after. The text request has {sizes['text']} bytes, the",
+        f"image request {sizes['image']:,}: a PNG of 1 MB, {A4[0]} by {A4[1]} pixels.",
         "",
-        f"One check alone, median of 200: text {checks['text'] * 1e3:.3f} ms, image {checks['image'] * 1e3:.3f} ms.",
+        f"| {CONCURRENCY} clients; added | p50 ms, text | p50 ms, image | throughput lost, image | by CPU | wanted |",
+        "|---|---|---|---|---|---|",
+        *(summary(cells, what) for what in ADDED),
+        "",
+        "In brackets the lowest and the highest of the turns. Added p50 is the arm's median latency minus the other's.",
+        "Throughput lost is 1 - requests/s with it / requests/s without it, the median of the turns; by CPU it is",
+        "1 - CPU a request without it / CPU a request with it, of all processes of the arm. Wanted of a guard: at most",
+        f"{LIMIT_MS:g} ms more at p50, and at most {LIMIT_LOSS:.0%} of the throughput, by CPU.",
         "",
         f"**Paced**: {CONCURRENCY} clients, their requests to the arms in turn, each held {HOLD:.2f} s, so about",
-        f"{SEED_RATE:g} requests/s in all.",
+        f"{SEED_RATE:g} requests/s in all. Latency is without the {HOLD:.2f} s.",
         "",
-        "| request | guard | turns | requests | p50 ms | p99 ms | added p50 | added p99 | CPU ms a request |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for kind in sizes:
-        for arm, name in ARMS.items():
-            cell = cells["paced", kind, arm]
-            figures = [quantile(cell.latencies, share) * 1e3 for share in (0.5, 0.99)]
-            figures += [added(cells, kind, arm, share) for share in (0.5, 0.99)]
-            figures.append(statistics.median(cell.cpu) * 1e3)
-            counts = f"{len(cell.cpu)} | {len(cell.latencies)}"
-            lines.append(f"| {kind} | {name} | {counts} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
-    lines += [
-        "",
-        f"**Saturated**: {CONCURRENCY} clients, nothing held. For text the stand-in only parses the request: the share",
-        "is that of a server without an engine; for the image it decodes the picture, the least an API process does.",
-        "",
-        "| request | guard | turns | requests | requests/s, median | CPU ms a request | lost, by CPU |",
+        "| request | arm | turns | requests | p50 ms | p99 ms | CPU ms a request |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in sizes:
         for arm, name in ARMS.items():
-            cell = cells["saturated", kind, arm]
-            counts = f"{len(cell.cpu)} | {len(cell.latencies)}"
-            medians = f"{statistics.median(cell.rates):.1f} | {statistics.median(cell.cpu) * 1e3:.3f}"
-            lines.append(f"| {kind} | {name} | {counts} | {medians} | {lost(cells, kind, arm):.1%} |")
-    return "\n".join([*lines, "", *verdicts(cells)])
-
-
-def added(cells: Cells, kind: str, arm: str, share: float) -> float:
-    """Milliseconds that a quantile of the paced latency is above the one without a guard."""
-    bare, other = (quantile(cells["paced", kind, one].latencies, share) for one in ("none", arm))
-    return (other - bare) * 1e3
-
-
-def verdicts(cells: Cells) -> list[str]:
-    lines = [
-        f"Wanted: at most {LIMIT_MS:g} ms more at p50, at most {LIMIT_LOSS:.0%} of the throughput with the image.",
+            cell = cells["paced", kind, arm]
+            latencies = list(chain(*cell.latencies))
+            figures = (p50(latencies), quantile(latencies, 0.99) * 1e3, statistics.median(cell.cpu) * 1e3)
+            counts = f"{len(cell.cpu)} | {len(latencies)}"
+            lines.append(f"| {kind} | {name} | {counts} | {' | '.join(f'{figure:.2f}' for figure in figures)} |")
+    lines += [
         "",
+        f"**Saturated**: {CONCURRENCY} clients, nothing held, one arm at a time, each turn in another order. For text",
+        "the stand-in only parses the request, as no engine does; for the image it decodes the picture, the least that",
+        "an API process does.",
+        "",
+        "| request | arm | turns | requests | requests/s, median | CPU ms a request, median |",
+        "|---|---|---|---|---|---|",
     ]
-    for arm, name in list(ARMS.items())[1:]:
-        more = {kind: added(cells, kind, arm, 0.5) for kind in ("text", "image")}
-        share = lost(cells, "image", arm)
-        held = max(more.values()) <= LIMIT_MS and share <= LIMIT_LOSS
-        found = ", ".join(f"{kind} {value:.2f} ms" for kind, value in more.items())
-        lines.append(f"- {name}: {found}, {share:.1%}: {'held' if held else 'not held'}.")
-    return lines
+    for kind in sizes:
+        for arm, name in ARMS.items():
+            cell = cells["saturated", kind, arm]
+            counts = f"{len(cell.cpu)} | {sum(map(len, cell.latencies))}"
+            medians = f"{statistics.median(cell.rates):.1f} | {statistics.median(cell.cpu) * 1e3:.3f}"
+            lines.append(f"| {kind} | {name} | {counts} | {medians} |")
+    lines += [
+        "",
+        f"One check alone, median of 200: text {checks['text'] * 1e3:.3f} ms, image {checks['image'] * 1e3:.3f} ms.",
+    ]
+    return "\n".join(lines)
+
+
+def summary(cells: Cells, what: str) -> str:
+    """A row of what one of ADDED costs."""
+    arm, beside, judged = ADDED[what]
+    more = {kind: added(cells, kind, arm, beside) for kind in ("text", "image")}
+    shares, share = lost(cells, "image", arm, beside), lost_by_cpu(cells, "image", arm, beside)
+    held = max(value for value, _ in more.values()) <= LIMIT_MS and share <= LIMIT_LOSS
+    figures = [
+        *(f"{value:.2f} ({min(turns):.2f} to {max(turns):.2f})" for value, turns in more.values()),
+        f"{statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})",
+        f"{share:.1%}",
+        {True: "held", False: "not held"}[held] if judged else "",
+    ]
+    return f"| {what} | {' | '.join(figures)} |"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="What the request guard costs, as middleware and as a proxy.")
-    parser.add_argument("--turns", type=int, default=6, help="turns of every arm in every load")
+    parser = argparse.ArgumentParser(description="What front and guard cost beside exposure direct.")
+    parser.add_argument("--turns", type=int, default=8, help="turns of every arm in every load")
     parser.add_argument("--raw", type=Path, help="JSON of all latencies, rates and CPU seconds to write")
     arguments = parser.parse_args()
+    front.requirement()
     checks, before = alone(), os.getloadavg()[0]
     cells = measure(arguments.turns)
     figures = page(cells, checks, (before, os.getloadavg()[0]))

@@ -218,11 +218,15 @@ class Front:
         while b"READY=1" not in self._notified.recv(4096):
             assert self._process.poll() is None, self.log.read_text()
 
-    def memory(self) -> int:
-        """Bytes resident of HAProxy's processes."""
+    def processes(self) -> tuple[int, ...]:
+        """HAProxy's: the main one and its workers."""
         assert self._process
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children").read_text().split()
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in (self._process.pid, *children)]
+        return (self._process.pid, *map(int, children))
+
+    def memory(self) -> int:
+        """Bytes resident of HAProxy's processes."""
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.processes()]
         return sum(pages) * os.sysconf("SC_PAGE_SIZE")
 
     def open(self) -> None:
