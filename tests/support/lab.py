@@ -112,18 +112,20 @@ def release(node: Host) -> str:
 
 
 def container_memory(node: Host) -> int:
-    """Bytes of anonymous memory that the container's processes hold (RssAnon in proc(5)).
+    """Bytes of anonymous memory that the container's processes hold.
 
     Not its cgroup's: a node of the lab may have no memory controller.
     """
     pids = node.check_output("docker top glm-ocr -eo pid").split()[1:]
-    return anonymous_memory(node, pids)
-
-
-def anonymous_memory(node: Host, pids: Sequence[str]) -> int:
-    told = node.run(f"grep -h ^RssAnon: {' '.join(f'/proc/{pid}/status' for pid in pids)}").stdout.splitlines()
+    told = anonymous_memory(node, pids)
     assert told, pids
-    return 1024 * sum(int(line.split()[1]) for line in told)
+    return sum(told.values())
+
+
+def anonymous_memory(node: Host, pids: Sequence[str]) -> dict[str, int]:
+    """Bytes of anonymous memory (RssAnon in proc(5)) of each of the processes, in the node, that are there."""
+    told = node.run(f"grep ^RssAnon: /dev/null {' '.join(f'/proc/{pid}/status' for pid in pids)}").stdout
+    return {line.split("/")[2]: 1024 * int(line.split()[1]) for line in told.splitlines()}
 
 
 def deploy_guarded(play: Play, **more: Any) -> str:
