@@ -145,7 +145,8 @@ def chat(url: str, content: Any, max_tokens: int = 128, key: str = "") -> reques
         "max_tokens": max_tokens,
     }
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return requests.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+    # A node that is down answers nothing at all: whoever asks it must not wait for that as long as for a reply.
+    return requests.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=(5, 60))
 
 
 def latest_report(name: str = NODE) -> Path:
