@@ -16,6 +16,7 @@ Standard library only, with engine_socket.py and unix_http.py beside it: it runs
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -34,8 +35,8 @@ def generates(url: str, model: str, timeout: float, socket: str = "") -> str:
             tokens = json.load(response)["usage"]["completion_tokens"]
     except urllib.error.HTTPError as error:
         return f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
     return "" if tokens >= 1 else "no token was generated"
 
 
