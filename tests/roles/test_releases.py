@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import yaml
-from ansible.module_utils import host_checks
+from ansible.module_utils import host_checks, provided
 from ansible.module_utils.releases import Store
 
 import vllm_release
@@ -178,7 +178,7 @@ def test_the_release_of_a_unit_is_its_label() -> None:
 
 
 def test_the_label_of_the_unit_is_the_one_that_others_look_for() -> None:
-    label = yaml.safe_load((ROLES / "vllm_service" / "vars" / "main.yml").read_text())["__vllm_service_release_label"]
+    label = yaml.safe_load((ROLES / "glm_ocr" / "vars" / "main.yml").read_text())["glm_ocr_release_label"]
     assert label == host_checks.OUR_LABEL
     (told,) = [{"Config": {"Labels": {label: "a"}}}]
     assert deployment([told], "host", "image", "", "docker")["release"] == "a"
@@ -193,7 +193,7 @@ def test_what_the_unit_calls_is_put_in_place_once_and_mended(tmp_path: Path) -> 
     tool, folder = tmp_path / "lib" / "wait_ready.py", tmp_path / "state" / "cache"
 
     def provide(text: str, write: bool = True) -> list[str]:
-        return [part["prepared"] for part in vllm_release.provide({str(tool): text}, [str(folder)], write)]
+        return [part["prepared"] for part in provided.provide({str(tool): text}, [str(folder)], write)]
 
     assert len(provide("one\n", write=False)) == 2
     assert not tool.exists()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import errno
 import json
 import os
@@ -12,11 +11,13 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from datetime import datetime, timezone
 from typing import Any, Dict, List, Optional
 
 from ansible.module_utils.basic import AnsibleModule
-from ansible.module_utils.releases import Release, Store, read, write_atomically
+from ansible.module_utils.provided import difference, provide, read, write_atomically
+from ansible.module_utils.releases import Release, Store
 
 DOCUMENTATION = r"""
 module: vllm_release
@@ -45,6 +46,8 @@ options:
       store: {type: path, required: true, description: Folder of the kept releases.}
       unit_file: {type: path, required: true, description: Where the unit is installed.}
       environment_file: {type: path, required: true, description: Where the environment file is installed.}
+      watchdog_timer: {type: path, default: "", description: Where the timer of a watchdog is, if there is one.}
+      watchdog_state: {type: path, default: "", description: What a watchdog knows.}
   release: {type: str, description: Id of the release; needed but for C(described).}
   unit: {type: str, description: Text of the unit, for C(staged).}
   environment: {type: str, description: Text of the environment file, for C(staged).}
@@ -78,6 +81,8 @@ release: {type: str, returned: when staged, description: "C(release), so that it
 last_good: {type: str, returned: always, description: Id of the release that was found good last, or empty.}
 good: {type: bool, returned: always, description: Whether C(release) is the one that was found good last.}
 restarted: {type: bool, returned: "when active, and when that failed", description: Whether the service was restarted.}
+watched: {type: bool, returned: always, description: Whether a watchdog is on the host.}
+watchdog: {type: dict, returned: when described, description: What it knows, and its C(age); empty for none.}
 releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
 history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
 service: {type: dict, returned: when described, description: What systemd says of the unit.}
@@ -99,7 +104,7 @@ EXAMPLES = r"""
 #: What a folder says that takes no more.
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 #: Modes of what is installed: the environment may hold secrets.
-UNIT_MODE, ENVIRONMENT_MODE, TOOL_MODE, FOLDER_MODE = 0o644, 0o640, 0o755, 0o755
+UNIT_MODE, ENVIRONMENT_MODE = 0o644, 0o640
 SHOWN = ("LoadState", "ActiveState", "SubState", "UnitFileState", "StateChangeTimestamp", "NRestarts")
 
 
@@ -120,11 +125,6 @@ def seconds_since_epoch(started_at: str) -> float:
     whole, fraction, zone = matched.groups()
     moment = datetime.fromisoformat(whole + ("+00:00" if zone == "Z" else zone))
     return moment.timestamp() + float(fraction or 0)
-
-
-def difference(name: str, before: Optional[str], after: str) -> Dict[str, str]:
-    lines = difflib.unified_diff((before or "").splitlines(True), after.splitlines(True), name, name)
-    return {"prepared": "".join(lines)}
 
 
 #: Lines of the sandbox that systemd before 244, 245 and 247 does not know: it leaves them out, which is no fault.
@@ -198,6 +198,7 @@ class Service:
             "last_good": last_good.id if last_good else "",
             # A play that died between the swap and the proof leaves another one as the last good: not proven yet.
             "good": bool(last_good and last_good.id == release),
+            "watched": os.path.exists(self.options.get("watchdog_timer") or ""),
         }
 
     def older_than_its_files(self, container: Dict[str, Any]) -> bool:
@@ -241,31 +242,18 @@ class Service:
                 return f"`{' '.join(command)}`: {done.stdout.strip()}"
         return ""
 
+    def watchdog(self) -> Dict[str, Any]:
+        """What the watchdog's last round left, with its age in seconds; empty without a watchdog or a round."""
+        path = self.options.get("watchdog_state") or ""
+        if not os.path.exists(self.options.get("watchdog_timer") or ""):
+            return {}
+        try:
+            return {**json.loads(read(path) or ""), "age": round(time.time() - os.stat(path).st_mtime, 1)}
+        except (OSError, ValueError, TypeError):
+            return {"name": "unknown", "found": f"{path} cannot be read", "age": 0.0}
+
     def journal(self, lines: int) -> str:
         return run(["journalctl", f"--unit={self.name}", f"--lines={lines}", "--no-pager", "--output=cat"]).stdout
-
-
-def mode_of(path: str) -> Optional[int]:
-    """The permission bits of what is there; None where nothing is."""
-    return stat.S_IMODE(os.stat(path).st_mode) if os.path.exists(path) else None
-
-
-def provide(tools: Dict[str, str], folders: List[str], write: bool) -> List[Dict[str, str]]:
-    """Puts in place what a unit needs beside itself; tells the difference of each part that was not as it must be."""
-    diff = []
-    for folder in folders:
-        if mode_of(folder) != FOLDER_MODE:
-            diff.append({"prepared": f"folder {folder}: mode {FOLDER_MODE:04o}\n"})
-            if write:
-                os.makedirs(folder, exist_ok=True)
-                os.chmod(folder, FOLDER_MODE)
-    for path, text in tools.items():
-        if (read(path), mode_of(path)) != (text, TOOL_MODE):
-            diff.append(difference(path, read(path), text))
-            if write:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
-                write_atomically(path, text, TOOL_MODE)
-    return diff
 
 
 def staged(module: AnsibleModule, service: Service) -> Dict[str, Any]:
@@ -343,7 +331,14 @@ def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
 def described(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     releases = [{"id": kept.id, "good_at": kept.good_at, "record": kept.record} for kept in service.store.all()]
     told = {"releases": releases, "history": service.store.history(20), "service": service.systemd()}
-    return {"changed": False, **told, **identity(module, service), "engine_problem": service.engine_problem}
+    identified = identity(module, service)
+    return {
+        "changed": False,
+        **told,
+        **identified,
+        "engine_problem": service.engine_problem,
+        "watchdog": service.watchdog(),
+    }
 
 
 def identity(module: AnsibleModule, service: Service) -> Dict[str, Any]:
@@ -368,6 +363,8 @@ def main() -> None:
                     "store": {"type": "path", "required": True},
                     "unit_file": {"type": "path", "required": True},
                     "environment_file": {"type": "path", "required": True},
+                    "watchdog_timer": {"type": "path", "default": ""},
+                    "watchdog_state": {"type": "path", "default": ""},
                 },
             },
             "release": {"type": "str"},

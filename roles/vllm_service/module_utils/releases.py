@@ -17,6 +17,8 @@ import tempfile
 from dataclasses import dataclass
 from typing import Any, Dict, List, Optional
 
+from ansible.module_utils.provided import read, write_atomically
+
 
 @dataclass(frozen=True)
 class Release:
@@ -27,29 +29,6 @@ class Release:
     environment: str
     record: Dict[str, Any]
     good_at: Optional[float]
-
-
-def write_atomically(path: str, content: str, mode: int) -> None:
-    """Replaces ``path`` by a complete file or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path), prefix="." + os.path.basename(path))
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode)
-        os.rename(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def read(path: str) -> Optional[str]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
 
 
 class Store:
