@@ -157,6 +157,54 @@ def test_what_is_not_known_is_null_and_what_differs_is_told(
     assert {name: host[name] for name in expected} == expected
 
 
+WATCHED = {"name": "healthy", "found": "it generates", "since": "2026-01-02T03:04:05Z", "restarts_total": 1, "age": 7.5}
+
+
+@pytest.mark.parametrize(
+    ("known", "finding"),
+    [
+        ({}, ""),
+        ({"name": "busy"}, ""),
+        ({"name": "suspect"}, ""),
+        (
+            {"name": "gave-up", "found": "4 rounds"},
+            "[WATCHDOG_GAVE_UP] expected a service that a restart brings back; found 4",
+        ),
+        ({"name": "hung"}, "[WATCHDOG_GAVE_UP]"),
+        ({"name": "blind"}, "[WATCHDOG_BLIND]"),
+        ({"name": "unknown"}, "[WATCHDOG_BLIND]"),
+        ({"age": 1000.0}, "[WATCHDOG_SILENT] expected a round of the watchdog within 900 s; found none for 1000 s"),
+    ],
+)
+def test_what_the_watchdog_knows_is_told_and_is_a_finding_when_it_needs_somebody(
+    known: dict[str, Any], finding: str, tmp_path: Path
+) -> None:
+    told = report(tmp_path, npu=changed(watchdog=WATCHED | known))
+    (host,) = told["hosts"]
+    assert host["watchdog"]["state"] == known.get("name", "healthy")
+    assert [problem.startswith(finding) for problem in host["problems"]] == ([True] if finding else [])
+    state = f"watchdog  {host['watchdog']['state']} since 2026-01-02 03:04:05, restarts: 1"
+    assert state in service_status.status_table(told)
+
+
+def test_a_host_without_a_watchdog_has_no_line_of_it(tmp_path: Path) -> None:
+    told = report(tmp_path, npu=changed(watchdog={}))
+    assert told["hosts"][0]["watchdog"] is None
+    assert "watchdog" not in service_status.status_table(told)
+
+
+def test_the_host_tells_what_the_watchdog_left(tmp_path: Path) -> None:
+    timer, kept = tmp_path / "w.timer", tmp_path / "w.json"
+    service = vllm_release_service("true")
+    service.options |= {"watchdog_timer": str(timer), "watchdog_state": str(kept)}
+    assert service.watchdog() == {}
+    timer.touch()
+    assert service.watchdog()["name"] == "unknown"
+    kept.write_text(json.dumps(WATCHED))
+    assert service.watchdog()["name"] == "healthy"
+    assert service.watchdog()["age"] < 60
+
+
 @pytest.mark.parametrize(
     ("shown", "state"),
     [

@@ -42,6 +42,8 @@ STATE = f"{FILES}; docker images --no-trunc --quiet | sort"
 API_PROCESS, ENGINE_PROCESS = "/usr/bin/python3 /usr/local/bin/vllm serve", "VLLM::EngineCore"
 #: Seconds within which a service whose processes were killed answers again; the lab's engine starts on 2 CPU cores.
 BACK_SECONDS = 240
+#: Seconds within which the watchdog, as its defaults have it, finds a hang.
+HANG_SECONDS = 130
 
 
 @dataclass(frozen=True)

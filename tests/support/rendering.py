@@ -45,10 +45,11 @@ class HostVariables:
         variables = VariableManager(loader=self.loader, inventory=manager)
         host = manager.get_host("npu-01")
         self.values: dict[str, Any] = {}
-        for role in ("glm_ocr", "ascend_host", "vllm_weights", "vllm_image", "vllm_probe", "vllm_service", "ocr_front"):
+        deploying = ("vllm_weights", "vllm_image", "vllm_probe", "vllm_service", "vllm_watchdog", "ocr_front")
+        for role in ("glm_ocr", "ascend_host", *deploying):
             self.values |= self.load(ROLES / role / "defaults" / "main.yml")
         self.values |= variables.get_vars(host=host)
-        for role in ("glm_ocr", "vllm_image", "vllm_service", "ocr_front"):
+        for role in ("glm_ocr", "vllm_image", "vllm_service", "vllm_watchdog", "ocr_front"):
             self.values |= self.load(ROLES / role / "vars" / "main.yml")
         self.values |= {
             "vllm_image_id": "sha256:" + "0" * 64,

@@ -64,6 +64,9 @@ CATALOGUE: Dict[str, str] = {
     "PROBE_IMPORT": "the image's Python packages",
     "PROBE_ERROR": "the probe itself",
     "PROBE_RUN": "whether the image answers the probe at all",
+    "WATCHDOG_GAVE_UP": "a service that hangs however often it is restarted",
+    "WATCHDOG_BLIND": "a service that the watchdog cannot tell busy from hung",
+    "WATCHDOG_SILENT": "the watchdog itself",
 }
 
 

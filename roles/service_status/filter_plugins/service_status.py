@@ -14,6 +14,26 @@ COLUMNS = ("HOST", "STATE", "SINCE (UTC)", "RESTARTS", "RUNS", "WANTED", "LAST G
 #: Lines of the history that the table shows; the data has all that the host told.
 HISTORY = 3
 WIDTH = 120
+#: Seconds without a round of the watchdog after which it counts as silent: two rounds at their slowest.
+SILENT_SECONDS = 900
+#: What a state of the watchdog that needs somebody means: the finding, with what was expected and what to do.
+WATCHDOG_FINDINGS = {
+    "gave-up": {
+        "id": "WATCHDOG_GAVE_UP",
+        "expected": "a service that a restart brings back",
+        "fix": "mend the cause (ansible-playbook playbooks/logs.yml), then ansible-playbook playbooks/restart.yml",
+    },
+    "blind": {
+        "id": "WATCHDOG_BLIND",
+        "expected": "a service that can be told busy from hung",
+        "fix": "journalctl -u glm-ocr-watchdog says what the service answers; ansible-playbook deploy.yml mends both",
+    },
+    "silent": {
+        "id": "WATCHDOG_SILENT",
+        "expected": f"a round of the watchdog within {SILENT_SECONDS} s",
+        "fix": "systemctl status glm-ocr-watchdog.timer says why; ansible-playbook deploy.yml starts it",
+    },
+}
 #: As systemd prints times with TZ=UTC: "Mon 2026-01-02 03:04:05 UTC".
 SYSTEMD_TIME = re.compile(r"\w+ (\d{4}-\d\d-\d\d) (\d\d:\d\d:\d\d)(?:\.\d+)? UTC")
 
@@ -36,6 +56,7 @@ def host_status(host: str, status: Mapping[str, Any], validation: dict[str, Any]
     problems = [
         status.get("problem") if status else "it left the play: its own message stands above",
         engine_problem and f"what runs cannot be told: {engine_problem}",
+        watchdog_problem(told.get("watchdog") or {}),
     ]
     return {
         "host": host,
@@ -51,7 +72,34 @@ def host_status(host: str, status: Mapping[str, Any], validation: dict[str, Any]
         "kept": [kept(release) for release in told.get("releases", [])],
         "history": told.get("history", []),
         "last_validation": validation,
+        "watchdog": watchdog(told.get("watchdog") or {}),
     }
+
+
+def watchdog(known: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the watchdog's last round left; None without a watchdog."""
+    if not known:
+        return None
+    return {
+        "state": known["name"],
+        "found": known["found"],
+        "since": known.get("since") or None,
+        "restarts": known.get("restarts_total"),
+        "age_seconds": known["age"],
+    }
+
+
+def watchdog_problem(known: Mapping[str, Any]) -> str | None:
+    """The finding that what the watchdog knows, or that it knows nothing new, is."""
+    if not known:
+        return None
+    states = {"hung": "gave-up", "unknown": "blind"}
+    silent = known["age"] > SILENT_SECONDS
+    finding = WATCHDOG_FINDINGS.get("silent" if silent else states.get(known["name"], known["name"]))
+    if finding is None:
+        return None
+    found = f"none for {known['age']:.0f} s" if silent else known["found"]
+    return f"[{finding['id']}] expected {finding['expected']}; found {found}. Fix: {finding['fix']}"
 
 
 def service(properties: Mapping[str, str]) -> dict[str, Any]:
@@ -135,6 +183,9 @@ def below(host: Mapping[str, Any]) -> list[tuple[str, str]]:
         lines.append(("image", host["image_id"]))
     if host["installed"] and host["installed"] != host["running"]:
         lines.append(("installed", host["installed"]))
+    if watched := host["watchdog"]:
+        since, restarts = moment(watched["since"]), shown(watched["restarts"], "0")
+        lines.append(("watchdog", f"{watched['state']} since {since}, restarts: {restarts}"))
     if host["last_validation"]:
         lines.append(("validated", ", ".join(host["last_validation"]["stages"])))
     for release in host["kept"]:
