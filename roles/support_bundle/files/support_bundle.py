@@ -86,6 +86,7 @@ def commands(config: Config) -> dict[str, list[str]]:
         # Of exposure front; its log has who asked for what, and which request was refused why.
         "front-journal.txt": [*journal, f"--unit={service}-front", f"--lines={config.journal_lines}"],
         "front-status.txt": ["systemctl", "status", "--no-pager", "--full", "--lines=0", f"{service}-front"],
+        "watchdog-journal.txt": [*journal, f"--unit={service}-watchdog", f"--lines={config.journal_lines}"],
         "container-inspect.json": [engine, "container", "inspect", service],
         "container-engine-version.txt": [engine, "version"],
         "container-engine-info.txt": [engine, "info"],
@@ -226,6 +227,8 @@ def files(config: Config) -> dict[str, Path]:
         "ascend_install.info": Path("/etc/ascend_install.info"),
         "releases/history.jsonl": config.state_dir / "releases" / "history.jsonl",
     }
+    if (watchdog := config.state_dir / "watchdog.json").exists():
+        found[watchdog.name] = watchdog
     for release in sorted(config.state_dir.glob("releases/*/release.json")):
         folder, name = release.parent, f"releases/{release.parent.name}"
         found[f"{name}/release.json"] = release
