@@ -16,6 +16,7 @@ from lab import (
     API_PROCESS,
     BACK_SECONDS,
     ENGINE_PROCESS,
+    HANG_SECONDS,
     Play,
     Played,
     booted,
@@ -77,6 +78,7 @@ class Fault:
 FAULTS = [
     Fault("API process killed", signal_to("KILL", API_PROCESS), BACK_SECONDS),
     Fault("engine process killed", signal_to("KILL", ENGINE_PROCESS), BACK_SECONDS),
+    Fault("engine process hung", signal_to("STOP", ENGINE_PROCESS), HANG_SECONDS + BACK_SECONDS),
     Fault("front killed", kill_front, 10, restarts_engine=False),
     Fault("disk of the compile cache full, engine process killed", fill_disk, BACK_SECONDS, free_disk),
     Fault("node rebooted", reboot, BACK_SECONDS + 60),
@@ -85,7 +87,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def key(deployed: Played, play: Play) -> str:
-    return deploy_guarded(play)
+    return deploy_guarded(play, vllm_watchdog_enabled=True)
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def page(loads: dict[str, Load]) -> str:
         "error, or a connection that ended; each was sent again. Lost: 200 without a complete reply. Most of the time",
         "is the engine's start, on the lab's CPU; on an NPU it is another.",
         "",
-        f"{today}, {os.cpu_count()} cores, with front and guard.",
+        f"{today}, {os.cpu_count()} cores, with front, guard and watchdog.",
         "",
         "| fault | not served, s | budget, s | complete | refused | lost |",
         "|---|---|---|---|---|---|",
