@@ -98,9 +98,11 @@ def test_a_host_that_was_not_checked_cannot_pass() -> None:
     assert told["found"] == "the role did not run on this host"
 
 
-def test_the_facts_of_both_roles_are_read() -> None:
+def test_the_facts_of_all_roles_are_read() -> None:
     facts = {"ascend_host_findings": [PORT], "vllm_weights_findings": [finding("WEIGHTS_DAMAGED")]}
-    assert [told["id"] for told in preflight_report.findings_of(facts) or []] == ["HOST_PORT", "WEIGHTS_DAMAGED"]
+    facts["vllm_image_findings"] = [finding("IMAGE_SIGNATURE")]
+    told = [told["id"] for told in preflight_report.findings_of(facts) or []]
+    assert told == ["HOST_PORT", "WEIGHTS_DAMAGED", "IMAGE_SIGNATURE"]
     assert preflight_report.findings_of({"ascend_host_findings": []}) == []
     assert preflight_report.findings_of({"vllm_weights_findings": []}) is None
 

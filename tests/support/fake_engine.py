@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """A stand-in for docker in plays that run on this machine: answers from a folder, and writes down what it was asked.
 
-The folder is the one this file was copied into: ``images.json`` maps names to ids, ``answer`` and ``status`` are what a
-container prints and ends with (its inspection succeeds), ``calls.jsonl`` gets one line per call, ``context/`` the last
-build's files.
+The folder is the one this file was copied into: ``images.json`` maps names to what an inspection says,
+``registry.json`` those that can be pulled, ``answer`` and ``status`` are what a container prints and ends with (its
+inspection succeeds), ``calls.jsonl`` gets one line per call, ``context/`` the last build's files.
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 
 
-def images() -> dict[str, str]:
-    path = FOLDER / "images.json"
+def images(name: str = "images.json") -> dict[str, str]:
+    path = FOLDER / name
     return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def remember(name: str, told: str) -> None:
+    (FOLDER / "images.json").write_text(json.dumps(images() | {name: told}))
 
 
 def main() -> int:
@@ -33,7 +37,13 @@ def main() -> int:
     if arguments[0] == "build":
         shutil.copytree(arguments[-1], FOLDER / "context", dirs_exist_ok=True)
         (tag,) = [word.partition("=")[2] for word in arguments if word.startswith("--tag=")]
-        (FOLDER / "images.json").write_text(json.dumps(images() | {tag: "sha256:" + "d" * 64}))
+        remember(tag, "sha256:" + "d" * 64)
+    if arguments[0] == "pull":
+        if arguments[1] not in images("registry.json"):
+            return 1
+        remember(arguments[1], images("registry.json")[arguments[1]])
+    if arguments[0] == "tag":
+        remember(arguments[2], images()[arguments[1]])
     answer, status = FOLDER / "answer", FOLDER / "status"
     if arguments[0] != "image" and answer.exists():
         print(answer.read_text())

@@ -27,6 +27,7 @@ CATALOGUE: Dict[str, str] = {
     "HOST_PCI": "the NPUs on the PCI bus, against those of npu-smi",
     "IMAGE_VARIANT": "the variant of the image, against the chip",
     "IMAGE_ARCHITECTURE": "the CPU architecture of the image, against the host's",
+    "IMAGE_SIGNATURE": "the image's signature, where a key is given",
     "NPU_SMI": "npu-smi and what it prints",
     "NPU_ABSENT": "a mapped device that npu-smi does not show",
     "NPU_UNSUPPORTED": "a chip vLLM-Ascend does not run on",

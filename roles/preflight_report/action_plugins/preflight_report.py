@@ -18,7 +18,7 @@ from typing import Any
 from ansible.plugins.action import ActionBase
 
 #: The facts roles publish: the first by every host that was checked, the others by those they were checked on.
-PUBLISHED = ("ascend_host_findings", "vllm_weights_findings")
+PUBLISHED = ("ascend_host_findings", "vllm_weights_findings", "vllm_image_findings")
 COLUMNS = {"host": 12, "severity": 8, "id": 19, "expected": 32, "found": 32, "fix": 40}
 ORDER = ("error", "warning")
 
