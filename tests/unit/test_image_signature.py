@@ -209,6 +209,13 @@ def test_an_image_that_is_not_there_and_a_registry_that_does_not_answer_are_told
         image.asked(registry_url=closed_url)
 
 
+def test_the_given_authority_has_precedence_over_the_environments(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/of/the/environment.pem")
+    for ca, taken in (("/given.pem", "/given.pem"), ("", "/of/the/environment.pem")):
+        with pytest.raises(OSError, match=f"invalid path: {taken}"):
+            image_registry.Registry("https://127.0.0.1:1", "a/b", ca).manifest("1")
+
+
 def test_a_folder_stands_for_the_registry(image: Signed, tmp_path: Path, closed_url: str) -> None:
     folder = tmp_path / "signed"
     folder.mkdir()

@@ -69,7 +69,8 @@ class Registry:
         self.base = base.rstrip("/")
         self.repository = repository
         self.session = requests.Session()
-        self.session.verify = ca or True
+        # Said with every request: what REQUESTS_CA_BUNDLE says has precedence over the session's.
+        self.verify = ca or None
 
     def manifest(self, reference: str) -> bytes:
         """The bytes under a tag or digest; those under a digest are the ones it stands for."""
@@ -96,12 +97,14 @@ class Registry:
         """The open answer to a GET."""
         url = f"{self.base}/v2/{self.repository}/{path}"
         try:
-            response = self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
+            response = self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, verify=self.verify)
             challenge = response.headers.get("WWW-Authenticate", "")
             if response.status_code == 401 and challenge.lower().startswith("bearer "):
                 response.close()
                 self.session.headers["Authorization"] = f"Bearer {self.token(challenge)}"
-                response = self.session.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS)
+                response = self.session.get(
+                    url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, verify=self.verify
+                )
         except requests.RequestException as error:
             raise RegistryError(str(error)) from error
         if response.ok:
@@ -113,7 +116,7 @@ class Registry:
     def token(self, challenge: str) -> str:
         """What the challenge's service gives (distribution.github.io/distribution/spec/auth/token)."""
         asked: Dict[str, Any] = dict(re.findall(r'(\w+)="([^"]*)"', challenge))
-        answer = self.session.get(asked.pop("realm", ""), params=asked, timeout=TIMEOUT_SECONDS)
+        answer = self.session.get(asked.pop("realm", ""), params=asked, timeout=TIMEOUT_SECONDS, verify=self.verify)
         try:
             given = answer.json()
             return str(given.get("token") or given["access_token"])
