@@ -120,6 +120,19 @@ def test_metrics_are_for_the_configured_sources_alone() -> None:
             assert answer(connection).status == 401
 
 
+def test_the_fronts_own_metrics_are_for_whom_the_engines_are() -> None:
+    with running(ocr_front_metrics_enabled=True) as front, serving(front.socket):
+        for key, status in (("alice", 200), (None, 401)):
+            assert front.ask(front.head("/metrics/front", key)).status == status
+        assert front.ask(front.head("/metrics/front", "alice", "POST", Content_Length="0")).status == 405
+        told = front.ask(front.head("/metrics/front")).body.decode()
+        assert 'haproxy_frontend_http_responses_total{proxy="front",code="4xx"} 2' in told
+    with running(ocr_front_metrics_enabled=True, ocr_front_metrics_sources=["127.0.0.2"]) as front:
+        assert front.ask(front.head("/metrics/front")).status == 404
+    with running() as front:
+        assert front.ask(front.head("/metrics/front")).status == 404
+
+
 def test_a_key_that_sends_too_much_is_told_when_to_come_back_and_others_are_served() -> None:
     with (
         running(ocr_front_requests_per_10_seconds=5, ocr_front_requests_per_10_seconds_of={"bob": 8}) as front,
