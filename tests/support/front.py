@@ -45,12 +45,16 @@ class Answer:
 
 @dataclass
 class Engine:
-    """What it was sent; a request with ``hold`` or ``stream`` in its body is not complete before ``release``."""
+    """What it was sent; a request with ``hold`` or ``stream`` in its body is not complete before ``release``.
+
+    What it answers is of no weight but for the paths of ``pages``.
+    """
 
     socket: Path
     requests: list[tuple[str, dict[str, str], bytes]] = field(default_factory=list)
     taken: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     release: threading.Event = field(default_factory=threading.Event)
+    pages: dict[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -76,7 +80,8 @@ def serving(path: Path) -> Iterator[Engine]:
                 return
             if b"hold" in body:
                 assert engine.release.wait(SECONDS)
-            answer = json.dumps({"path": self.path, "received": len(body)}).encode()
+            page = engine.pages.get(self.path)
+            answer = (page or json.dumps({"path": self.path, "received": len(body)})).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()

@@ -1,0 +1,73 @@
+"""What the playbook renders for other hosts than the live test's, what it refuses, and what it tells of hosts that are down."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from front import free_ports
+from monitored import Monitoring
+
+FRONT: dict[str, Any] = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": "v" * 32, "prometheus": "p" * 32}}
+
+
+def test_each_host_is_read_as_it_is_exposed_and_what_is_down_is_told(tmp_path: Path) -> None:
+    port, npu = free_ports(2)
+    tls = {"glm_ocr_tls_certificate": "/given", "glm_ocr_tls_key": "/given", "ocr_front_metrics_enabled": True}
+    monitoring = Monitoring(
+        tmp_path,
+        {
+            "npu-01": FRONT | tls | {"glm_ocr_port": port},
+            "npu-02": {"glm_ocr_exposure": "direct", "glm_ocr_port": port, "host_exporter_npu_port": npu},
+        },
+        monitoring_key_name="prometheus",
+        monitoring_tls_names={"npu-01": "ocr.example.org"},
+    )
+    try:
+        played = monitoring.play()
+    finally:
+        monitoring.stop()
+    assert played.rc == 0
+    assert "glm_ocr_engine of npu-01 cannot be read" in played.output
+    assert "p" * 32 not in played.output
+    jobs = {job["job_name"]: job for job in yaml.safe_load((tmp_path / "etc" / "prometheus.yml").read_text())["scrape_configs"]}
+    keys = str(tmp_path / "etc" / "keys" / "npu-01")
+    assert Path(keys).read_text() == "p" * 32
+    assert Path(keys).stat().st_mode & 0o777 == 0o640
+    for name in ("glm_ocr_engine/npu-01", "glm_ocr_front/npu-01"):
+        assert jobs[name]["scheme"] == "https"
+        assert jobs[name]["authorization"] == {"credentials_file": keys}
+        assert jobs[name]["tls_config"] == {"server_name": "ocr.example.org"}
+    assert jobs["glm_ocr_engine/npu-02"]["scheme"] == "http"
+    assert "authorization" not in jobs["glm_ocr_engine/npu-02"]
+    assert "glm_ocr_front/npu-02" not in jobs
+    assert [one["labels"]["instance"] for one in jobs["glm_ocr_npu"]["static_configs"]] == ["npu-02"]
+    modules = yaml.safe_load((tmp_path / "etc" / "blackbox.yml").read_text())["modules"]
+    assert {name: module["http"]["valid_status_codes"] for name, module in modules.items()} == {
+        "npu-01": [401],
+        "npu-02": [200],
+    }
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        ({"monitoring_key_name": "nobody"}, "npu-01: glm_ocr_keys must have the key that monitoring_key_name names, nobody"),
+        ({"monitoring_hosts": []}, "monitoring_hosts must name a host to watch, found none"),
+        ({"monitoring_hosts": ["npu-09"]}, "monitoring_hosts: the inventory has no host npu-09"),
+        ({"monitoring_objectives": {"npu_celsius": "hot"}}, "monitoring_objectives must have request_seconds"),
+        ({"monitoring_objectives": {"npu_celsius": "hot"}}, "npu_celsius in monitoring_objectives must be a number"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused(variables: dict[str, Any], told: str, tmp_path: Path) -> None:
+    monitoring = Monitoring(tmp_path, {"npu-01": FRONT}, **variables)
+    try:
+        played = monitoring.play("-l", "monitoring")
+    finally:
+        monitoring.stop()
+    assert played.rc != 0
+    assert told in " ".join(played.output.split())
+    assert not (tmp_path / "etc").exists()
