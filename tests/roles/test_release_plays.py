@@ -7,6 +7,7 @@ import http.server
 import json
 import os
 import shutil
+import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -263,10 +264,12 @@ def test_a_rollback_to_direct_that_fails_asks_the_restored_one_where_the_front_i
 
 def test_a_drain_closes_the_engine_to_the_front_first(host: Host, tmp_path: Path) -> None:
     path = tmp_path / "engine.sock"
-    path.touch(0o660)
     shutil.rmtree(host.store.path(NEW))
     host.stage(NEW, socket=str(path))
-    played = host.play("playbooks/drain.yml", glm_ocr_engine_socket=str(path), vllm_service_drain_timeout_seconds=0)
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.bind(str(path))
+        path.chmod(0o660)
+        played = host.play("playbooks/drain.yml", glm_ocr_engine_socket=str(path), vllm_service_drain_timeout_seconds=0)
     assert played.rc == 0
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(host.calls("systemctl stop glm-ocr")) == 1
