@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 
-import make_dashboard
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models.dashboard import Dashboard
+
+import make_dashboard
 
 
 def test_the_dashboard_is_the_one_that_is_written() -> None:

@@ -27,6 +27,7 @@ import time
 import urllib.error
 from typing import Any, Dict, List, Optional, Tuple
 
+import unix_http
 import wait_ready
 
 #: What may be known of the service.  RESTING: it is not judged; it starts, stops, is stopped, or a play works on it.
@@ -246,7 +247,8 @@ def look(options: argparse.Namespace) -> Tuple[Seen, str]:
     latency = None if answer else round(time.monotonic() - started, 3)
     tokens, untold = None, False
     try:
-        tokens = tokens_of(wait_ready.send(url, "/metrics", options.metrics_timeout, socket_path).decode())
+        with unix_http.ask(url, "/metrics", options.metrics_timeout, socket_path) as metrics:
+            tokens = tokens_of(metrics.read().decode())
         untold = tokens is None
     except urllib.error.HTTPError:
         untold = True
