@@ -21,6 +21,7 @@ from lab import (
     ENGINE_PROCESS,
     Play,
     Played,
+    chat,
     container_start,
     deploy_guarded,
     engine_pid,
@@ -163,32 +164,22 @@ def test_what_hangs_again_is_left_to_an_operator(hang: Hang, serving: Watched, n
 def occupied(url: str, key: str) -> Iterator[None]:
     """More long generations than the engine takes at a time, one after the other."""
     ended = threading.Event()
-    body = {
-        "model": "glm-ocr",
-        "messages": [{"role": "user", "content": "tell me more"}],
-        "max_tokens": 4000,
-        "ignore_eos": True,
-    }
 
     def send() -> None:
         while not ended.is_set():
             try:
-                reply = requests.post(
-                    f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
-                )
-                assert reply.status_code == 200, reply.text
+                chat(url, "OK", 4000, key, ignore_eos=True)
             except requests.RequestException:
                 # Longer than this client waits: the next one takes its place.
                 continue
 
     with ThreadPoolExecutor(8) as pool:
-        sending = [pool.submit(send) for _ in range(8)]
+        for _ in range(8):
+            pool.submit(send)
         try:
             yield
         finally:
             ended.set()
-    for one in sending:
-        one.result()
 
 
 def test_a_busy_engine_is_left_alone(serving: Watched, node: Host, url: str) -> None:
