@@ -193,9 +193,9 @@ def test_the_port_is_handed_over_between_engine_and_front(
 ) -> None:
     """A rollback to a release of the other exposure: whoever has the port leaves it first."""
     (host.folder / "front.service").touch()
-    for release, socket in sockets.items():
+    for release, path in sockets.items():
         shutil.rmtree(host.store.path(release))
-        host.stage(release, socket=socket)
+        host.stage(release, socket=path)
         host.store.mark_good(release)
     os.utime(host.store.path(OLD, "good"), (1, 1))
     # What the stand-in for systemctl says of any unit: that it runs when the container does.
