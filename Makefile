@@ -23,8 +23,8 @@ test: machine  ## all tests: lint and fast while the lab comes up, then the lab'
 	$(MAKE) --assume-old=lab test-lab
 
 static:
-	@echo 'lint, test-fast and test-front run beside the lab; what they say comes when they are through'
-	@{ $(MAKE) lint && $(MAKE) test-fast && $(MAKE) test-front; } > $(STATIC_LOG) 2>&1
+	@echo 'lint, test-fast, test-front and test-monitoring run beside the lab; what they say comes when they are through'
+	@{ $(MAKE) lint && $(MAKE) test-fast && $(MAKE) test-front && $(MAKE) test-monitoring; } > $(STATIC_LOG) 2>&1
 	@cat $(STATIC_LOG) && rm $(STATIC_LOG)
 
 lint: .venv/dev  ## ansible-lint, yamllint, ruff, mypy: no findings, no skip list
@@ -40,6 +40,10 @@ test-fast: .venv/dev  ## tests without root or lab; no network once .venv is mad
 test-front: .venv/dev  ## the front's tests with HAProxy itself: root, no lab; installs the package
 	@.ci/bootstrap front
 	pytest -q -n auto tests/front
+
+test-monitoring: .venv/dev  ## rules, dashboard, and a real Prometheus whose alerts fire and resolve: root, no lab; unpacks the packages (1 min)
+	@.ci/bootstrap monitoring
+	pytest -q -n auto --dist loadfile tests/monitoring
 
 test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab
@@ -90,4 +94,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser test-monitoring

@@ -1,4 +1,4 @@
-"""Prometheus as the playbook brings it, before the front itself and an engine that tells vLLM's metrics: alerts fire and resolve."""
+"""Prometheus as the playbook brings it, before HAProxy and an engine with vLLM's metrics: alerts fire and resolve."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ glm_ocr_watchdog_last_round_timestamp_seconds{service="glm-ocr"} 99999999999
 glm_ocr_watchdog_canary_seconds{service="glm-ocr"} 0.2
 """
 DASHBOARD = json.loads((PROJECT / "roles" / "monitoring" / "files" / "dashboard.json").read_text())
+PANELS = [panel for panel in DASHBOARD["panels"] if "targets" in panel]
 #: What nothing on this machine tells: no NPU, no certificate, and no systemd.
 SILENT = re.compile("npu_chip|probe_ssl|node_systemd")
 
@@ -129,9 +131,7 @@ def test_an_engine_that_goes_away_is_told_and_so_is_its_return(watched: Watched)
 
 def test_a_queue_that_grows_is_told_and_so_is_its_end(watched: Watched) -> None:
     def queue(requests: int) -> None:
-        watched.engine.pages["/metrics"] = re.sub(
-            r"(num_requests_waiting\S+) \S+", rf"\g<1> {requests}.0", METRICS
-        )
+        watched.engine.pages["/metrics"] = re.sub(r"(num_requests_waiting\S+) \S+", rf"\g<1> {requests}.0", METRICS)
 
     queue(40)
     alert = watched.fires_and_resolves("GlmOcrQueue", lambda: queue(0))
@@ -140,7 +140,13 @@ def test_a_queue_that_grows_is_told_and_so_is_its_end(watched: Watched) -> None:
 
 def test_requests_that_the_front_refuses_are_told(watched: Watched) -> None:
     """Not only counted by HAProxy: its exporter, the records and the rule agree on the names."""
-    comes(lambda: refuse(watched) or "GlmOcrRefused" in watched.monitoring.firing(), "GlmOcrRefused fires")
+
+    def refused() -> bool:
+        for _ in range(5):
+            assert watched.front.ask(watched.front.head("/v1/models", "x" * 40)).status == 401
+        return "GlmOcrRefused" in watched.monitoring.firing()
+
+    comes(refused, "GlmOcrRefused fires")
     comes(lambda: "GlmOcrRefused" not in watched.monitoring.firing(), "GlmOcrRefused resolves")
 
 
@@ -149,18 +155,13 @@ def test_no_rule_fails_and_every_record_is_there(watched: Watched) -> None:
     assert {rule["name"]: rule["lastError"] for rule in rules if rule.get("lastError")} == {}
     for rule in rules:
         if rule["type"] == "recording":
-            assert comes(lambda name=rule["name"]: watched.monitoring.samples(name), rule["name"])  # type: ignore[misc]
+            assert comes(partial(watched.monitoring.samples, rule["name"]), rule["name"])
 
 
-@pytest.mark.parametrize("panel", [one for one in DASHBOARD["panels"] if "targets" in one], ids=lambda one: one["title"])
+@pytest.mark.parametrize("panel", PANELS, ids=lambda panel: panel["title"])
 def test_prometheus_answers_every_query_of_the_dashboard(panel: dict[str, Any], watched: Watched) -> None:
     for target in panel["targets"]:
         expression = target["expr"].replace("$host", ".*")
         watched.monitoring.samples(expression)  # a query that is wrong is refused
         if not SILENT.search(expression) and panel["title"] != "Alerts":
-            assert comes(lambda query=expression: watched.monitoring.samples(query), expression)  # type: ignore[misc]
-
-
-def refuse(watched: Watched) -> None:
-    for _ in range(5):
-        assert watched.front.ask(watched.front.head("/v1/models", "x" * 40)).status == 401
+            assert comes(partial(watched.monitoring.samples, expression), expression)

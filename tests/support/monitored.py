@@ -1,4 +1,4 @@
-"""Prometheus and its exporters as the roles bring them, on this machine: the distribution's programs, a stand-in for systemd.
+"""Prometheus and its exporters as the roles bring them, on this machine, with a stand-in for systemd.
 
 ``systemctl`` starts what the drop-ins say, so that what runs is what the roles wrote.
 """
@@ -45,18 +45,16 @@ elif verb == "reload":
 if verb in ("start", "restart"):
     lines = (folder / "units" / f"{{unit}}.service.d" / "glm-ocr.conf").read_text().splitlines()
     (command,) = [line.removeprefix("ExecStart=") for line in lines if line.startswith("ExecStart=/")]
-    process = subprocess.Popen(
-        command.split(), stdin=subprocess.DEVNULL, stdout=(folder / f"{{unit}}.log").open("ab"), stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    pid.write_text(str(process.pid))
+    log = (folder / f"{{unit}}.log").open("ab")
+    started = subprocess.Popen(command.split(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=1)
+    pid.write_text(str(started.pid))
 """
 
 
 def requirement() -> None:
     """What these tests need of the machine.  Raises ``RuntimeError``: without it nothing was shown."""
     if missing := [name for name in ("prometheus", "promtool") if not (PROGRAMS / name).exists()]:
-        raise RuntimeError(f"expected {', '.join(missing)} in {PROGRAMS}. Fix: make test-monitoring, or .ci/bootstrap monitoring")
+        raise RuntimeError(f"expected {', '.join(missing)} in {PROGRAMS}. Fix: .ci/bootstrap monitoring")
 
 
 class Monitoring:

@@ -34,7 +34,7 @@ def test_every_verb_has_a_page_in_both_languages_with_the_same_commands(verb: st
 
 def test_every_page_is_of_a_verb() -> None:
     pages = {path.relative_to(RUNBOOKS).with_suffix("").as_posix() for path in RUNBOOKS.rglob("*.md")}
-    assert pages == {folder + name for name in (*VERBS, "findings") for folder in ("", "zh/")}
+    assert pages == {folder + name for name in (*VERBS, "findings", "alerts") for folder in ("", "zh/")}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -47,7 +47,8 @@ def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
         )
         assert command == "ansible-playbook"
         assert (PROJECT / playbook).is_file()
-        assert arguments[:2] == ["-l", "npu-01"]
+        # The monitoring has a host of its own beside those that are watched.
+        assert arguments[:2] == ["-l", "npu-01,monitor-01" if verb == "monitoring" else "npu-01"]
     assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in lines)
 
 
@@ -81,6 +82,33 @@ def test_every_finding_is_explained_in_both_languages_with_the_same_commands() -
         assert typed[0] == typed[1], name
         for playbook in re.findall(r"ansible-playbook (\S+)", section):
             assert (PROJECT / playbook).is_file(), name
+
+
+def test_every_alert_is_explained_in_both_languages_with_the_same_commands() -> None:
+    rules = [
+        rule
+        for path in (ROLES / "monitoring" / "files" / "rules").glob("*.yml")
+        for group in yaml.safe_load(path.read_text())["groups"]
+        for rule in group["rules"]
+        if "alert" in rule
+    ]
+    english_sections, chinese_sections = (
+        dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", page.read_text(), re.MULTILINE | re.DOTALL))
+        for page in (RUNBOOKS / "alerts.md", RUNBOOKS / "zh" / "alerts.md")
+    )
+    for rule in rules:
+        name = rule["alert"]
+        assert rule["labels"]["severity"] in ("critical", "warning"), name
+        assert set(rule["annotations"]) == {"summary", "summary_zh", "runbook_url"}, name
+        assert rule["annotations"]["runbook_url"] == f"docs/runbooks/alerts.md#{name.lower()}"
+        english, chinese = english_sections.pop(name), chinese_sections.pop(name)
+        assert re.findall(r"^- (\w+):", english, re.MULTILINE) == ["Check", "Mend"], name
+        assert re.findall(r"^- (\w+)：", chinese, re.MULTILINE) == ["检查", "处理"], name
+        typed = [sorted(re.findall(r"`([^`]+)`", text)) for text in (english, chinese)]
+        assert typed[0] == typed[1], name
+        for playbook in re.findall(r"ansible-playbook (\S+)", english):
+            assert (PROJECT / playbook).is_file(), name
+    assert (english_sections, chinese_sections) == ({}, {}), "sections without an alert"
 
 
 def test_the_preflight_says_where_its_findings_are_explained() -> None:

@@ -52,7 +52,7 @@ ROWS: dict[str, tuple[Panel, ...]] = {
     "What clients get": (
         Panel(
             "Requests by how they ended",
-            "stop: the page was read. length: max_tokens was reached. abort: the client gave up. error: the engine failed.",
+            "stop: the page was read. length: max_tokens came first. abort: the client gave up. error: the engine.",
             "reqps",
             [
                 Query(
@@ -238,10 +238,30 @@ ROWS: dict[str, tuple[Panel, ...]] = {
 
 #: Numbers at the top: green below the threshold, red from it.
 NUMBERS = (
-    Panel("Alerts that fire", "All of this project.", "short", [Query(f'count(ALERTS{{alertstate="firing", alertname=~"GlmOcr.*"}}) or vector(0)')]),
-    Panel("Engines down", "Whose metrics cannot be read.", "short", [Query(f'sum(1 - up{{job="glm_ocr_engine", {CHOSEN}}})')]),
-    Panel("Ports that do not answer as they should", "Asked as a client without a key.", "short", [Query(f"sum(1 - probe_success{{{CHOSEN}}})")]),
-    Panel("Units that failed", "For good, in systemd's eyes.", "short", [Query(f'sum(node_systemd_unit_state{{state="failed", {CHOSEN}}}) or vector(0)')]),
+    Panel(
+        "Alerts that fire",
+        "All of this project.",
+        "short",
+        [Query('count(ALERTS{alertstate="firing", alertname=~"GlmOcr.*"}) or vector(0)')],
+    ),
+    Panel(
+        "Engines down",
+        "Whose metrics cannot be read.",
+        "short",
+        [Query(f'sum(1 - up{{job="glm_ocr_engine", {CHOSEN}}})')],
+    ),
+    Panel(
+        "Ports that do not answer as they should",
+        "Asked as a client without a key.",
+        "short",
+        [Query(f"sum(1 - probe_success{{{CHOSEN}}})")],
+    ),
+    Panel(
+        "Units that failed",
+        "For good, in systemd's eyes.",
+        "short",
+        [Query(f'sum(node_systemd_unit_state{{state="failed", {CHOSEN}}}) or vector(0)')],
+    ),
 )
 
 
@@ -294,7 +314,9 @@ def curve(panel: Panel) -> timeseries.Panel:
         .targets([target(query, letter) for query, letter in zip(panel.queries, "ABC", strict=False)])
         .legend(common.VizLegendOptions().show_legend(True))
         .tooltip(common.VizTooltipOptions().mode(common_models.TooltipDisplayMode.MULTI))
-        .override_by_name("objective", [models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": "red"})])
+        .override_by_name(
+            "objective", [models.DynamicConfigValue(id_val="color", value={"mode": "fixed", "fixedColor": "red"})]
+        )
         .height(8)
         .span(WIDTH // 4)
     )
@@ -331,8 +353,8 @@ def built() -> str:
             one = one.with_panel(curve(panel))
     made = one.build()
     # Grafana finds a panel by its number; the builders leave it out, or give rows the same.
-    for index, panel in enumerate(made.panels or []):
-        panel.id_val = index + 1
+    for index, placed in enumerate(made.panels or []):
+        placed.id_val = index + 1
     return json.dumps(made, cls=JSONEncoder, indent=1, sort_keys=True) + "\n"
 
 
