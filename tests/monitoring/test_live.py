@@ -52,9 +52,11 @@ class Watched:
         def told() -> list[dict[str, Any]]:
             return [alert for alert in self.told if alert["labels"]["alertname"] == name]
 
-        comes(lambda: name in self.monitoring.firing(), f"{name} fires")
-        alert = comes(told, f"{name} is told")[0]
-        undo()
+        try:
+            comes(lambda: name in self.monitoring.firing(), f"{name} fires")
+            alert = comes(told, f"{name} is told")[0]
+        finally:
+            undo()
         comes(lambda: name not in self.monitoring.firing(), f"{name} resolves")
         # The end of one that fires is in the future, in case no more is heard of it.
         comes(lambda: any(ended(one) for one in told()), f"the end of {name} is told")
@@ -91,8 +93,6 @@ def watched() -> Iterator[Watched]:
             first, second = monitoring.play(), monitoring.play()
             assert first.rc == 0
             monitoring.hasten()
-            # One that fires before the Alertmanager is known is sent a minute later.
-            comes(lambda: monitoring.ask("alertmanagers")["activeAlertmanagers"], "the Alertmanager is known")
             yield Watched(monitoring, front, engine, told, first, second)
         finally:
             monitoring.stop()

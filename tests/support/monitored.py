@@ -16,7 +16,7 @@ import time
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,8 @@ class Monitoring:
         (self.folder / "units").mkdir(exist_ok=True)
         return ansible_playbook(
             "playbooks/monitoring.yml",
+            # One host at a time: all are this machine, with one of each unit.
+            "--forks=1",
             *("-i", str(self.folder / "hosts.yml"), "-e", json.dumps(self.variables), *options),
             PATH=f"{self.folder}/bin:{os.environ['PATH']}",
             ANSIBLE_HOME=str(self.folder / "ansible"),
@@ -103,10 +105,18 @@ class Monitoring:
             text = re.sub(r"\bfor: \w+", "for: 1s", path.read_text())
             path.write_text(re.sub(r"\[(5|10)m\]", "[10s]", text))
         os.kill(int((self.folder / "prometheus.pid").read_text()), signal.SIGHUP)
+        # Rules are what a reload takes last. Alertmanagers are looked up anew, and what fires before that is not sent.
+        comes(lambda: {rule["duration"] for rule in self.alerting_rules()} <= {0, 1}, "the shortened rules")
+        comes(lambda: self.ask("alertmanagers")["activeAlertmanagers"], "the Alertmanager")
+
+    def alerting_rules(self) -> list[dict[str, Any]]:
+        groups = self.ask("rules", type="alert")["groups"]
+        return [rule for group in groups for rule in group["rules"]]
 
     def stop(self) -> None:
         for path in self.folder.glob("*.pid"):
-            os.kill(int(path.read_text()), signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(int(path.read_text()), signal.SIGTERM)
             print(path.with_suffix(".log").read_text())
 
     def ask(self, path: str, **query: str) -> Any:
