@@ -265,6 +265,27 @@ def test_connections_take_the_memory_of_what_they_send() -> None:
             connection.close()
 
 
+def test_the_memory_of_large_bodies_is_given_back() -> None:
+    """Small requests between them take every buffer once; each would stay as large as the largest that it held."""
+    large, small = 16 * 2**20, 20
+    with running() as front, serving(front.socket):
+        front.open()
+        assert front.ask(front.head("/v1/models")).status == 200
+        before = front.memory()
+        for _ in range(5):
+            assert front.ask(front.post(b"a" * large)).status == 200
+            held = [front.connect() for _ in range(small)]
+            for connection in held:
+                connection.sendall(front.post(b"{}" * 500, Content_Length="2000"))
+            assert front.ask(front.post(b"a" * large)).status == 200
+            for connection in held:
+                connection.close()
+        deadline = time.monotonic() + SECONDS
+        while front.memory() - before > large / 2:
+            assert time.monotonic() < deadline, f"{front.memory() - before} bytes more than before"
+            time.sleep(0.1)
+
+
 def test_with_a_certificate_the_port_speaks_nothing_else(tmp_path: Path) -> None:
     with folder() as path:
         authority = certificate(path)

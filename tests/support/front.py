@@ -6,6 +6,7 @@ import grp
 import http.client
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -143,7 +144,8 @@ class Front:
         """As a client has it in its Host header."""
         return f"127.0.0.1:{self.port}"
 
-    def write(self) -> None:
+    def write(self) -> str:
+        """The front's files; returns its unit."""
         """The files, as the role puts them on a host."""
         inventory = Path(tempfile.mkdtemp(dir=self.folder))
         host = HostVariables(
@@ -164,9 +166,11 @@ class Front:
         ):
             (self.folder / name).write_text(text)
             (self.folder / name).chmod(0o644)
+        return str(host.template_file("glm-ocr-front.service.j2"))
 
     def start(self) -> None:
-        self.write()
+        unit = self.write()
+        environment = dict(re.findall(r"^Environment=(\w+)=(\S+)$", unit, re.MULTILINE))
         with self.log.open("wb") as log:
             # As the unit does; for root, so that the socket's permissions count.
             self._process = subprocess.Popen(
@@ -174,7 +178,7 @@ class Front:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd="/",
-                env={"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(self.folder / "notify")},
+                env=environment | {"PATH": os.environ["PATH"], "NOTIFY_SOCKET": str(self.folder / "notify")},
                 user=USER,
                 group=USER,
                 extra_groups=[],
