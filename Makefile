@@ -49,6 +49,7 @@ test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab
 
 test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away, podman (70 min)
+	@.ci/bootstrap monitoring
 	pytest -q -m "$(LONG)" tests/lab
 
 soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (70 min)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 
 import front as fronts
+from drawn_dashboard import drawn
 from monitored import Monitoring, alertmanager, comes
 from playing import Played
 from rendering import PROJECT
@@ -165,3 +168,14 @@ def test_prometheus_answers_every_query_of_the_dashboard(panel: dict[str, Any], 
         watched.monitoring.samples(expression)  # a query that is wrong is refused
         if not SILENT.search(expression) and panel["title"] != "Alerts":
             assert comes(partial(watched.monitoring.samples, expression), expression)
+
+
+def test_every_panel_can_be_drawn(watched: Watched) -> None:
+    page = drawn(DASHBOARD, watched.monitoring.ask, 30)
+    if os.environ.get("DASHBOARD_PAGE"):
+        Path(os.environ["DASHBOARD_PAGE"]).write_text(page)
+    sections = dict(re.findall(r"<h3>(.*?)</h3>(.*?)</section>", page))
+    assert len(sections) == len(PANELS)
+    for panel in PANELS:
+        silent = panel["title"] == "Alerts" or all(SILENT.search(target["expr"]) for target in panel["targets"])
+        assert ("no data" in sections[html.escape(panel["title"])]) <= silent, panel["title"]
