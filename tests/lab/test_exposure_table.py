@@ -168,8 +168,8 @@ def page(rows: list[Row]) -> str:
         "An answer is its status and the seconds until it came; none where the connection ended without one, or",
         f"nothing came for {SECONDS[ASKED]:.0f} s, {SECONDS[RAW_GROUP]:.0f} s in the first table.",
         "Inferred: the engine's counts of tokens moved. Ended: behind it the engine did not come to rest within",
-        f"{REST_SECONDS:.0f} s, or did not answer a good request, and was restarted. The model is the lab's, on a CPU: on",
-        "an NPU seconds are others.",
+        f"{REST_SECONDS:.0f} s, or did not answer a good request, and was restarted. The model is the lab's, on a CPU:",
+        "on an NPU seconds are others.",
         "",
         f"{today}: of {len(rows)} requests none was served through the front. With `direct` the engine inferred for"
         f" {len(passed)}, and {len(ended)} ended it.",

@@ -344,23 +344,23 @@ def tell(
     """What comes back until the connection is closed, or for so long; or, where that is enough, the first of it."""
     started = time.monotonic()
     received, closed = b"", False
-    with socket.create_connection(address, timeout=seconds) as connection:
-        # One that refuses early may not read it all, and has answered.
-        with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
-            connection.sendall(request)
-            if cut:
-                connection.shutdown(socket.SHUT_WR)
-        try:
+    try:
+        with socket.create_connection(address, timeout=seconds) as connection:
+            # One that refuses early may not read it all, and has answered.
+            with contextlib.suppress(ConnectionResetError, BrokenPipeError, TimeoutError):
+                connection.sendall(request)
+                if cut:
+                    connection.shutdown(socket.SHUT_WR)
             while (left := started + seconds - time.monotonic()) > 0 and select.select([connection], [], [], left)[0]:
                 part = connection.recv(65536)
                 received += part
                 if not part:
                     closed = True
                     break
-                if not until_closed and received.count(b"\r\n"):
+                if not until_closed and b"\r\n" in received:
                     break
-        except ConnectionResetError:
-            closed = True
+    except ConnectionResetError:
+        closed = True
     lines = [part.split(b" ", 2) for part in received.split(b"HTTP/1.")[1:]]
     answers = tuple(int(words[1]) for words in lines if len(words) > 2 and words[1].isdigit())
     return Told(answers or (CLOSED,), received, closed, time.monotonic() - started)
