@@ -139,12 +139,14 @@ def deploy_guarded(play: Play, **more: Any) -> str:
     return key
 
 
-def chat(url: str, content: Any, max_tokens: int = 128, key: str = "") -> requests.Response:
+def chat(url: str, content: Any, max_tokens: int = 128, key: str = "", **more: Any) -> requests.Response:
+    """``more`` are fields of the request, such as ``ignore_eos``."""
     body = {
         "model": "glm-ocr",
         "messages": [{"role": "user", "content": content}],
         "temperature": 0,
         "max_tokens": max_tokens,
+        **more,
     }
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     # A node that is down answers nothing at all: whoever asks it must not wait for that as long as for a reply.
