@@ -149,7 +149,6 @@ def unsign(registry: Repository, digest: str) -> None:
         registry.ask("DELETE", f"manifests/{signing.sha256(manifest)}")
 
 
-@pytest.mark.nightly
 @pytest.mark.parametrize("case", ["no signature", "another key", "another image", "altered payload", "no registry"])
 def test_an_image_that_is_not_signed_as_it_must_be_is_refused(
     case: str, pushed: str, key: tuple[Signer, str], service: Host, play: Play
@@ -186,7 +185,6 @@ def test_an_image_that_is_not_signed_as_it_must_be_is_refused(
     assert service.run(f"docker image inspect {SIGNED}").rc != 0
 
 
-@pytest.mark.nightly
 def test_a_signed_archive_is_known_without_a_registry_and_an_altered_one_refused(
     pushed: str, key: tuple[Signer, str], service: Host, play: Play, tmp_path: Path
 ) -> None:
@@ -223,7 +221,6 @@ def test_a_signed_archive_is_known_without_a_registry_and_an_altered_one_refused
 
 
 # Last: it changes what runs, and `restored` brings the inventory's image back.
-@pytest.mark.nightly
 def test_a_signed_image_is_deployed_by_its_digest_once(
     pushed: str, key: tuple[Signer, str], node: Host, play: Play
 ) -> None:
