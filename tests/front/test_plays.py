@@ -200,3 +200,43 @@ def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> No
     assert played.rc != 0
     assert "HTTP 401" in "".join(path.read_text() for path in (tmp_path / "reports").rglob("ocr_smoke.json"))
     assert not engine.requests
+
+
+def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone(host: Host) -> None:
+    internal = "i" * 48
+    instances = {"npu-01": host.variables | {"glm_ocr_keys": {"validation": "n" * 32, "gateway": internal}}}
+    inner = {
+        "__gateway_dir": str(host.folder / "etc"),
+        "__gateway_states_dir": str(host.folder / "var"),
+        "__ocr_front_dir": str(host.folder / "etc"),
+        "__ocr_front_unit": str(host.folder / "front.service"),
+        "__ocr_front_loaded": str(host.folder / "loaded"),
+        "__ocr_front_started": str(host.folder / "started"),
+        "__deploy_lock_path": str(host.folder / "lock"),
+    }
+
+    def bring(*options: str) -> Played:
+        gateways = {"gw-01": host.variables}
+        more = ("-e", json.dumps(inner), *options)
+        return play(host.folder, "playbooks/gateway.yml", instances, *more, gateways=gateways)
+
+    first = bring("-vvv", "--diff")
+    assert first.rc == 0
+    assert host.calls() == ["start"]
+    assert "RuntimeDirectory=glm-ocr-gateway\n" in (host.folder / "front.service").read_text()
+    key = host.folder / "etc" / "instances.key"
+    assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
+    assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
+    again = bring()
+    assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
+    instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
+    assert bring().rc == 0
+    assert host.calls() == ["start", "reload"]
+    assert "server npu-02 192.0.2.12:8000" in (host.folder / "etc" / "haproxy.cfg").read_text()
+
+
+def test_a_pool_that_cannot_be_rendered_stops_before_the_lock(host: Host) -> None:
+    played = play(host.folder, "playbooks/gateway.yml", {"gw-01": HERE}, gateways={"gw-01": host.variables})
+    assert played.rc != 0
+    assert "a gateway is a host of its own, found gw-01" in " ".join(played.output.split())
+    assert host.calls() == []

@@ -118,6 +118,8 @@ def serving(path: Path) -> Iterator[Engine]:
 class Front:
     """HAProxy with the project's configuration in ``folder``, on a free port of 127.0.0.1."""
 
+    group, template = "ascend910", "haproxy.cfg.j2"
+
     def __init__(self, folder: Path, **variables: Any) -> None:
         self.folder = folder
         self.variables = variables
@@ -150,6 +152,7 @@ class Front:
         inventory = Path(tempfile.mkdtemp(dir=self.folder))
         host = HostVariables(
             inventory,
+            self.group,
             glm_ocr_exposure="front",
             glm_ocr_bind_address="127.0.0.1",
             glm_ocr_port=self.ports[0],
@@ -157,12 +160,13 @@ class Front:
             glm_ocr_keys=self.keys,
             glm_ocr_engine_socket=str(self.socket),
             __ocr_front_dir=str(self.folder),
+            __ocr_front_template=self.template,
             **self.variables,
         )
         assert host.template("{{ __glm_ocr_problems + __ocr_front_problems }}") == []
         for name, text in (
             (Path(str(host.template("{{ __ocr_front_keys }}"))).name, str(host.template("{{ __ocr_front_key_map }}"))),
-            ("haproxy.cfg", host.template_file("haproxy.cfg.j2")),
+            ("haproxy.cfg", host.template_file(self.template)),
         ):
             (self.folder / name).write_text(text)
             (self.folder / name).chmod(0o644)
@@ -204,11 +208,15 @@ class Front:
         assert self._process
         return self._process.wait(SECONDS)
 
-    def stop(self) -> str:
-        """Its log."""
+    def end(self) -> None:
+        """At once; it can be started again."""
         if self._process and self._process.poll() is None:
             self._process.terminate()
             self._process.wait(SECONDS)
+
+    def stop(self) -> str:
+        """Its log."""
+        self.end()
         self._notified.close()
         return self.log.read_text() if self.log.exists() else ""
 

@@ -62,9 +62,16 @@ def installed_scripts(folder: Path) -> str:
     return str(library)
 
 
-def play(folder: Path, playbook: str, hosts: dict[str, dict[str, Any]], *more: str) -> Played:
+def play(
+    folder: Path,
+    playbook: str,
+    hosts: dict[str, dict[str, Any]],
+    *more: str,
+    gateways: dict[str, dict[str, Any]] | None = None,
+) -> Played:
     """Plays on ``hosts``, with the commands in ``folder/bin``; reports land in ``folder/reports``."""
-    (folder / "hosts.yml").write_text(yaml.safe_dump({"ascend910": {"hosts": hosts}}))
+    groups = {"ascend910": {"hosts": hosts}} | ({"gateway": {"hosts": gateways}} if gateways else {})
+    (folder / "hosts.yml").write_text(yaml.safe_dump(groups))
     if not (folder / "group_vars").exists():
         (folder / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
     (folder / "tmp").mkdir(exist_ok=True)

@@ -15,6 +15,19 @@ from ansible.vars.manager import VariableManager
 PROJECT = Path(__file__).resolve().parents[2]
 ROLES = PROJECT / "roles"
 
+#: Those whose defaults a template may need.
+ROLES_OF_DEPLOYMENT = (
+    "glm_ocr",
+    "ascend_host",
+    "vllm_weights",
+    "vllm_image",
+    "vllm_probe",
+    "vllm_service",
+    "vllm_watchdog",
+    "ocr_front",
+    "gateway",
+)
+
 
 def deploy_task(role: str) -> dict[str, Any]:
     """The task of the deployment that runs a role."""
@@ -33,23 +46,31 @@ class HostVariables:
     """The variables of one production host, as the roles of `deploy` see them."""
 
     def __init__(self, tmp_path: Path, group: str = "ascend910", /, **overrides: Any) -> None:
-        """Of a host of ``group``, one of inventory/hosts.yml; ``overrides`` win over everything, as `-e` does."""
+        """Of npu-01 in ``group``, one of inventory/hosts.yml, or of gw-01 in ``gateway``, before npu-01 and npu-02.
+
+        ``overrides`` win over everything, as `-e` does.
+        """
         inventory = tmp_path / "hosts.yml"
         groups = yaml.safe_load((PROJECT / "inventory" / "hosts.yml").read_text())
         listed = groups["ascend910"]
-        (listed if group == "ascend910" else listed["children"][group])["hosts"] = {"npu-01": {}}
+        if group == "gateway":
+            groups["gateway"] = {"hosts": {"gw-01": {"ansible_host": "192.0.2.10"}}}
+            listed["hosts"] = {f"npu-0{n}": {"ansible_host": f"192.0.2.1{n}"} for n in (1, 2)}
+        else:
+            (listed if group == "ascend910" else listed["children"][group])["hosts"] = {"npu-01": {}}
         inventory.write_text(yaml.safe_dump(groups))
         (tmp_path / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
         self.loader = DataLoader()
         manager = InventoryManager(loader=self.loader, sources=[str(inventory)])
         variables = VariableManager(loader=self.loader, inventory=manager)
-        host = manager.get_host("npu-01")
+        host = manager.get_host("gw-01" if group == "gateway" else "npu-01")
         self.values: dict[str, Any] = {}
-        deploying = ("vllm_weights", "vllm_image", "vllm_probe", "vllm_service", "vllm_watchdog", "ocr_front")
-        for role in ("glm_ocr", "ascend_host", *deploying):
+        for role in ROLES_OF_DEPLOYMENT:
             self.values |= self.load(ROLES / role / "defaults" / "main.yml")
         self.values |= variables.get_vars(host=host)
-        for role in ("glm_ocr", "vllm_image", "vllm_service", "vllm_watchdog", "ocr_front"):
+        # A variable of a host that is not asked for is of no other's concern.
+        self.values["hostvars"] = {name: variables.get_vars(host=manager.get_host(name)) for name in manager.hosts}
+        for role in ("glm_ocr", "vllm_image", "vllm_service", "vllm_watchdog", "ocr_front", "gateway"):
             self.values |= self.load(ROLES / role / "vars" / "main.yml")
         self.values |= {
             "vllm_image_id": "sha256:" + "0" * 64,
@@ -66,6 +87,8 @@ class HostVariables:
 
     def template_file(self, name: str) -> str:
         # With the options of the template module and of the template lookup.
-        templar = Templar(loader=self.loader, variables=self.values)
-        text = trust_as_template((PROJECT / "templates" / name).read_text())
+        folder = PROJECT / "templates"
+        # A template may extend another of its folder.
+        templar = Templar(loader=self.loader, variables=self.values).copy_with_new_env(searchpath=[str(folder)])
+        text = trust_as_template((folder / name).read_text())
         return str(templar.template(text, overrides={"trim_blocks": True}, escape_backslashes=False))

@@ -1,0 +1,95 @@
+"""The gateway's configuration and unit: against goldens, and what may not be rendered."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rendering import HostVariables
+
+GOLDEN = Path(__file__).parent / "golden"
+INTERNAL = "i" * 64
+INSTANCES = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": "n" * 32, "gateway": INTERNAL}}
+SECURE = {
+    "glm_ocr_tls_certificate": "/srv/tls/gw-01.pem",
+    "glm_ocr_tls_key": "/srv/tls/gw-01.key",
+    "__ocr_front_certificate_text": "given",
+    "gateway_instances_ca": "/srv/tls/ca.pem",
+    "gateway_retry_503_enabled": False,
+}
+
+
+def gateway(folder: Path, instances: dict[str, Any] | None = None, /, **overrides: Any) -> HostVariables:
+    """gw-01 as the inventory's group has it, before two instances that ``instances`` holds for."""
+    host = HostVariables(
+        folder,
+        "gateway",
+        glm_ocr_keys={"validation": "v" * 32, "scanner-app": "s" * 64},
+        __ocr_front_service="glm-ocr-gateway",
+        __ocr_front_template="gateway.cfg.j2",
+    )
+    for name in ("npu-01", "npu-02"):
+        host.values["hostvars"][name] |= INSTANCES if instances is None else instances
+    host.values |= overrides
+    return host
+
+
+@pytest.mark.parametrize(
+    ("template", "variables", "golden"),
+    [
+        ("gateway.cfg.j2", {}, "gateway.haproxy.cfg"),
+        ("gateway.cfg.j2", SECURE, "gateway.tls.haproxy.cfg"),
+        ("glm-ocr-front.service.j2", {}, "gateway.service"),
+    ],
+)
+def test_golden(template: str, variables: dict[str, Any], golden: str, tmp_path: Path) -> None:
+    rendered = gateway(tmp_path, **variables).template_file(template)
+    if os.environ.get("UPDATE_GOLDEN"):
+        (GOLDEN / golden).write_text(rendered)
+    assert rendered == (GOLDEN / golden).read_text(), "meant? then: UPDATE_GOLDEN=1 make test-fast"
+
+
+def test_the_instances_key_comes_from_them_and_is_in_no_configuration(tmp_path: Path) -> None:
+    host = gateway(tmp_path)
+    assert host.template("{{ gateway_instances_key }}").strip() == INTERNAL
+    assert host.template("{{ __glm_ocr_problems + __ocr_front_problems + __gateway_problems }}") == []
+    assert INTERNAL not in host.template_file("gateway.cfg.j2")
+
+
+def test_instances_without_keys_are_sent_none(tmp_path: Path) -> None:
+    host = gateway(tmp_path, {})
+    assert host.template("{{ __gateway_problems }}") == []
+    assert "set-header authorization" not in host.template_file("gateway.cfg.j2")
+
+
+def test_an_instance_does_not_count_what_its_gateway_sends(tmp_path: Path) -> None:
+    rates = "{{ ocr_front_requests_per_10_seconds_of }}"
+    assert HostVariables(tmp_path, **INSTANCES).template(rates) == {"validation": 100000, "gateway": 100000}
+
+
+def test_who_restarts_an_engine_knows_the_gateways(tmp_path: Path) -> None:
+    host = HostVariables(tmp_path)
+    assert host.template("{{ glm_ocr_gateways }}") == []
+    host.values["groups"] = {"gateway": ["gw-01"]}
+    assert host.template("{{ glm_ocr_gateways }}") == ["gw-01"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "complaint"),
+    [
+        ({"gateway_instances": []}, "must name a host, found none"),
+        ({"gateway_instances": ["npu-09"]}, "must be hosts of the inventory, found npu-09"),
+        ({"gateway_instances": ["npu-01", "gw-01"]}, "a gateway is a host of its own, found gw-01"),
+        ({"glm_ocr_exposure": "direct"}, "must be front, found direct"),
+        ({"gateway_instances_key": ""}, "put a key named gateway into the glm_ocr_keys of the instances"),
+        ({"gateway_instances_key": "short"}, "must be a key of 32 to 256"),
+        ({"gateway_check_path": "/health check"}, "found /health check"),
+        ({"gateway_check_interval_seconds": 0}, "gateway_check_interval_seconds must be 1 to 9999"),
+    ],
+)
+def test_what_cannot_be_rendered_is_named(overrides: dict[str, Any], complaint: str, tmp_path: Path) -> None:
+    (problem,) = gateway(tmp_path, **overrides).template("{{ __gateway_problems }}")
+    assert complaint in problem
