@@ -9,6 +9,8 @@ import os
 import shutil
 import socket
 import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from ansible.module_utils.releases import Store
 from ansible.module_utils.weights_manifest import fingerprint, list_files
 
 import fake_host
+from fake_gateway import admin
 from model_files import NANO, NANO_MANIFEST, flip, sha256
 from playing import HERE, Played, play
 from rendering import PROJECT
@@ -273,6 +276,118 @@ def test_a_drain_closes_the_engine_to_the_front_first(host: Host, tmp_path: Path
     assert played.rc == 0
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(host.calls("systemctl stop glm-ocr")) == 1
+
+
+# --- the gateway ------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def before_the_host(host: Host, *others: str, down: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """A gateway on this machine, for a play's variables."""
+    path = host.folder / "admin.sock"
+    with admin(path, host.folder / "calls", ["npu-01", *others], down):
+        yield {
+            "glm_ocr_gateways": ["localhost"],
+            "__gateway_socket": str(path),
+            "__gateway_states": str(host.folder / "servers"),
+            "gateway_return_timeout_seconds": 1,
+        }
+
+
+def order_of(host: Host) -> list[str]:
+    """What befell pool and engine, in order."""
+    known = ("gateway", "systemctl restart", "systemctl stop", "docker run")
+    return [" ".join(call.split()[:2]) for call in host.calls() if call.startswith(known)]
+
+
+@pytest.mark.parametrize("playbook", ["playbooks/restart.yml", "playbooks/rollback.yml"])
+def test_a_host_is_out_of_the_pool_from_before_its_restart_until_it_was_seen_to_read(playbook: str, host: Host) -> None:
+    with before_the_host(host, "npu-02") as gateway:
+        played = host.play(playbook, **gateway)
+    assert played.rc == 0
+    assert "npu-01 has no request in flight" in " ".join(played.output.split())
+    assert order_of(host) == ["gateway drain", "systemctl restart", "docker run", "gateway ready"]
+
+
+def test_the_release_that_was_put_back_is_back_in_the_pool(host: Host) -> None:
+    (host.folder / "blind").write_text(OLD)
+    with before_the_host(host, "npu-02") as gateway:
+        played = host.play("playbooks/rollback.yml", **gateway)
+    assert played.rc != 0
+    assert f"Release {NEW} was put back" in played.output
+    run, back = ["systemctl restart", "docker run"], ["gateway ready"]
+    assert order_of(host) == ["gateway drain", *run, *run, *back]
+
+
+def test_a_host_that_does_not_read_stays_out_of_the_pool(host: Host) -> None:
+    (host.folder / "blind").write_text(NEW)
+    with before_the_host(host, "npu-02") as gateway:
+        played = host.play("playbooks/restart.yml", **gateway)
+    assert played.rc != 0
+    assert order_of(host) == ["gateway drain", "systemctl restart", "docker run"]
+    assert " 8" in (host.folder / "servers").read_text(), "a reload would forget it"
+
+
+@pytest.mark.parametrize("others", [[], ["npu-02"]])
+def test_the_last_instance_is_not_drained_unless_a_gap_is_wanted(others: list[str], host: Host) -> None:
+    with before_the_host(host, *others, down=others) as gateway:
+        refused = host.play("playbooks/restart.yml", **gateway)
+        assert refused.rc != 0
+        assert "npu-01 was not taken out of the pool" in " ".join(refused.output.split())
+        assert order_of(host) == []
+        assert host.play("playbooks/restart.yml", **gateway, gateway_min_others=0).rc == 0
+    assert order_of(host)[0] == "gateway drain"
+
+
+def test_one_that_is_down_at_the_gateway_may_be_restarted_whoever_else_is(host: Host) -> None:
+    """And the play is red: the engine reads, and the gateway does not reach it."""
+    with before_the_host(host, down=["npu-01"]) as gateway:
+        played = host.play("playbooks/restart.yml", **gateway)
+    assert played.rc != 0
+    assert "expected npu-01 up at localhost within 1 s, found DOWN L7OK 200" in " ".join(played.output.split())
+    assert order_of(host) == ["gateway drain", "systemctl restart", "docker run", "gateway ready"]
+
+
+def test_a_gateway_that_does_not_run_holds_nobody_up(host: Host) -> None:
+    gone = {"glm_ocr_gateways": ["localhost"], "__gateway_socket": str(host.folder / "none")}
+    played = host.play("playbooks/restart.yml", **gone)
+    assert played.rc == 0
+    assert "localhost does not run. Next: ansible-playbook playbooks/gateway.yml" in " ".join(played.output.split())
+
+
+def test_a_drain_and_a_host_that_leaves_are_out_of_the_pool_first(host: Host) -> None:
+    with before_the_host(host, "npu-02") as gateway:
+        drained = host.play("playbooks/drain.yml", **gateway, vllm_service_drain_timeout_seconds=0)
+        assert drained.rc == 0
+        assert order_of(host) == ["gateway drain", "systemctl stop"]
+        (host.folder / "calls").unlink()
+        host.play("playbooks/offboard.yml", **gateway)
+        assert order_of(host)[0] == "gateway maint"
+
+
+@pytest.mark.parametrize("limit", ["npu-01", "npu-01,npu-02,gateway"])
+def test_a_new_host_comes_alone_and_with_its_gateways(limit: str, host: Host) -> None:
+    gateways = {"gw-01": HERE}
+    hosts = {"npu-01": HERE, "npu-02": HERE}
+    played = play(host.folder, "playbooks/onboard.yml", hosts, "-l", limit, gateways=gateways)
+    assert played.rc != 0
+    told = " ".join(played.output.split())
+    assert f"with -l {limit}; nothing was changed" in told
+    assert "ansible-playbook playbooks/onboard.yml -l npu-01,gateway" in told
+    assert "TASK [host_key" not in played.output
+
+
+def test_a_new_host_that_is_named_with_its_gateways_is_asked_for_its_key(host: Host) -> None:
+    hosts, known = {"npu-01": HERE, "npu-02": HERE}, f"host_key_known_hosts={host.folder}/none"
+    limit = ("-l", "npu-01,gateway", "-e", known)
+    played = play(host.folder, "playbooks/onboard.yml", hosts, *limit, gateways={"gw-01": HERE})
+    assert "expected a key of npu-01 in" in " ".join(played.output.split())
+
+
+def test_in_check_mode_the_pool_stays_as_it_is(host: Host) -> None:
+    with before_the_host(host, "npu-02") as gateway:
+        assert host.play("playbooks/rollback.yml", "--check", **gateway).rc == 0
+    assert order_of(host) == []
 
 
 # --- the weights of a release -----------------------------------------------------------------------------
