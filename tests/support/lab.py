@@ -25,6 +25,7 @@ from rendering import PROJECT, ROLES
 NODE = "node1"
 INVENTORY = PROJECT / "inventory" / "lab"
 THREE_NODES = (INVENTORY, PROJECT / "tests" / "lab" / "three_nodes.yml")
+FLEET = (*THREE_NODES, PROJECT / "tests" / "lab" / "gateway.yml")
 LAB_HOST = yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())
 LAB_STATE, LAB_CACHE = Path(LAB_HOST["lab_host_state_dir"]), Path(LAB_HOST["lab_host_cache_dir"])
 ENGINE = yaml.safe_load((PROJECT / "inventory" / "group_vars" / "lab_nodes" / "engine.yml").read_text())
@@ -62,7 +63,7 @@ Play = Callable[..., Played]
 
 def node_named(name: str) -> Host:
     """A node of the lab, over SSH."""
-    groups = [yaml.safe_load(path.read_text())["lab"]["children"] for path in THREE_NODES]
+    groups = [yaml.safe_load(path.read_text())["lab"]["children"] for path in FLEET]
     hosts = {name: host for group in groups for part in group.values() for name, host in part["hosts"].items()}
     keys = LAB_STATE / "ssh"
     return testinfra.get_host(
