@@ -8,9 +8,12 @@ inspection succeeds), ``calls.jsonl`` gets one line per call, ``context/`` the l
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import shutil
 import sys
+import tarfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -23,6 +26,16 @@ def images(name: str = "images.json") -> dict[str, str]:
 
 def remember(name: str, told: str) -> None:
     (FOLDER / "images.json").write_text(json.dumps(images() | {name: told}))
+
+
+def load() -> None:
+    """An archive of `docker save` from the standard input; the image's id is the digest of its configuration."""
+    with tarfile.open(fileobj=io.BytesIO(sys.stdin.buffer.read())) as archive:
+        content = {entry.name.removeprefix("./"): archive.extractfile(entry) for entry in archive}
+        (image,) = json.load(content["manifest.json"])  # type: ignore[arg-type]
+        for name in [image["Config"], *image["Layers"]]:
+            assert hashlib.sha256(content[name].read()).hexdigest() == Path(name).name  # type: ignore[union-attr]
+    remember(image["RepoTags"][0], "sha256:" + Path(image["Config"]).name + " []")
 
 
 def main() -> int:
@@ -42,6 +55,8 @@ def main() -> int:
         if arguments[1] not in images("registry.json"):
             return 1
         remember(arguments[1], images("registry.json")[arguments[1]])
+    if arguments[0] == "load":
+        load()
     if arguments[0] == "tag":
         remember(arguments[2], images()[arguments[1]])
     answer, status = FOLDER / "answer", FOLDER / "status"

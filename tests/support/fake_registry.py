@@ -16,10 +16,15 @@ TOKEN = "given-to-everyone"
 
 @dataclass
 class FakeRegistry:
-    """``content`` maps a path below /v2/ to bytes, for a test to alter; with ``guarded`` it wants its token."""
+    """``content`` maps a path below /v2/ to bytes, for a test to alter; with ``guarded`` it wants its token.
+
+    ``cut`` ends every answer after that many bytes; ``ranges`` answers requests for a part with the part.
+    """
 
     url: str = ""
     guarded: bool = False
+    cut: int | None = None
+    ranges: bool = True
     content: dict[str, bytes] = field(default_factory=dict)
     asked: list[str] = field(default_factory=list)
 
@@ -40,15 +45,22 @@ def registry() -> Iterator[FakeRegistry]:
             self.end_headers()
             self.wfile.write(body)
 
+        def send(self, body: bytes) -> None:
+            start = int(self.headers.get("Range", "bytes=0-")[6:-1]) if fake.ranges else 0
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(body) - start))
+            self.end_headers()
+            self.wfile.write(body[start:][: fake.cut])
+
         def do_GET(self) -> None:
             path = urlsplit(self.path).path
-            fake.asked.append(path)
+            fake.asked.append(path + self.headers.get("Range", "").replace("bytes=", "#"))
             if path == "/token":
                 self.answer(200, json.dumps({"token": TOKEN}).encode())
             elif fake.guarded and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                 self.answer(401, WWW_Authenticate=f'Bearer realm="{fake.url}/token",service="fake",scope="pull"')
             elif path.removeprefix("/v2/") in fake.content:
-                self.answer(200, fake.content[path.removeprefix("/v2/")])
+                self.send(fake.content[path.removeprefix("/v2/")])
             else:
                 self.answer(404)
 

@@ -231,3 +231,57 @@ def test_a_folder_stands_for_the_registry(image: Signed, tmp_path: Path, closed_
     (folder / "manifest.json").write_bytes(image.repository.manifest("1") + b" ")
     with pytest.raises(image_signature.Refused, match="another image"):
         image.asked(**given)
+
+
+# --- blobs that are fetched to the disk -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blob:
+    fake: FakeRegistry
+    registry: image_registry.Registry
+    content: bytes
+    digest: str
+    target: Path
+
+    def fetch(self) -> bool:
+        return bool(self.registry.download(self.digest, len(self.content), self.target))
+
+    def asked(self) -> list[str]:
+        return [path.partition("#")[2] for path in self.fake.asked]
+
+
+@pytest.fixture
+def blob(tmp_path: Path) -> Iterator[Blob]:
+    with registry() as fake:
+        content = bytes(range(256)) * 1024
+        digest = Repository(fake.url, "a/b").push_blob(content)
+        yield Blob(fake, image_registry.Registry(fake.url, "a/b"), content, digest, tmp_path / "blobs" / "one")
+
+
+def test_a_complete_blob_is_not_fetched_again_and_an_altered_one_is(blob: Blob) -> None:
+    assert (blob.fetch(), blob.fetch()) == (True, False)
+    assert blob.target.read_bytes() == blob.content
+    assert blob.asked() == [""]
+    blob.target.write_bytes(blob.content[:-1] + b"x")
+    assert blob.fetch()
+    assert blob.target.read_bytes() == blob.content
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_fetch_that_was_cut_off_goes_on(ranges: bool, blob: Blob) -> None:
+    blob.fake.cut, blob.fake.ranges = 100_000, ranges
+    with pytest.raises(image_registry.RegistryError, match="run again to go on"):
+        blob.fetch()
+    assert not blob.target.exists()
+    blob.fake.cut = None
+    assert blob.fetch()
+    assert blob.target.read_bytes() == blob.content
+    assert blob.asked() == ["", "65536-"], "a registry that knows no ranges sends all of it"
+
+
+def test_what_a_registry_altered_is_not_kept(blob: Blob) -> None:
+    blob.fake.content[f"a/b/blobs/{blob.digest}"] = blob.content[::-1]
+    with pytest.raises(image_registry.RegistryError, match="was altered"):
+        blob.fetch()
+    assert list(blob.target.parent.iterdir()) == []

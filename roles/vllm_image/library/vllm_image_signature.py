@@ -8,17 +8,8 @@ from typing import Any, Dict, List, Tuple
 
 from ansible.module_utils.basic import AnsibleModule
 from ansible.module_utils.findings import Finding, as_data
-from ansible.module_utils.image_registry import Absent, Registry, RegistryError, parse, sha256
-from ansible.module_utils.image_signature import (
-    PAYLOAD_MAX_BYTES,
-    Refused,
-    Signature,
-    downloaded,
-    ids,
-    layers,
-    load_key,
-    vouch,
-)
+from ansible.module_utils.image_registry import Registry, RegistryError, parse, sha256
+from ansible.module_utils.image_signature import Refused, Signature, downloaded, ids, load_key, of_image, vouch
 
 DOCUMENTATION = """
 module: vllm_image_signature
@@ -52,11 +43,7 @@ findings: {type: list, elements: dict, returned: success, description: What is w
 def from_registry(registry: Registry, reference: str) -> Tuple[bytes, List[Signature], List[bytes]]:
     """Manifest and signatures; the manifests of an index are not needed where the image can be pulled."""
     manifest = registry.manifest(reference)
-    try:
-        listed = layers(registry.manifest(sha256(manifest).replace(":", "-") + ".sig"))
-    except Absent:
-        return manifest, [], []
-    return manifest, [Signature(registry.blob(digest, PAYLOAD_MAX_BYTES), text) for digest, text in listed], []
+    return manifest, of_image(registry, sha256(manifest)), []
 
 
 def from_folder(folder: Path) -> Tuple[bytes, List[Signature], List[bytes]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Dict
 
 import requests
@@ -62,6 +63,15 @@ def sha256(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
+def sha256_of(file: Path) -> str:
+    """Of a file of any size."""
+    digest = hashlib.sha256()
+    with file.open("rb") as reading:
+        for block in iter(lambda: reading.read(2**20), b""):
+            digest.update(block)
+    return "sha256:" + digest.hexdigest()
+
+
 class Registry:
     """One repository, with what its registry asks of everyone: an anonymous token, or the password in ~/.netrc."""
 
@@ -79,6 +89,39 @@ class Registry:
 
     def blob(self, digest: str, max_bytes: int) -> bytes:
         return expected(self.get(f"blobs/{digest}", max_bytes, {}), digest, f"the blob {digest}")
+
+    def download(self, digest: str, size: int, target: Path) -> bool:
+        """Have the blob in ``target``; whether anything was fetched.
+
+        What is there and right is kept, and so is the beginning of it in ``target.partial``, where an earlier download
+        was cut off.
+        """
+        if target.is_file():
+            if sha256_of(target) == digest:
+                return False
+            target.unlink()
+        partial = target.with_name(target.name + ".partial")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("ab") as writing:
+            there = writing.tell()
+            if there >= size:
+                writing.truncate(0)
+                there = 0
+            with self.ask(f"blobs/{digest}", {"Range": f"bytes={there}-"} if there else {}) as response:
+                if response.status_code != 206:
+                    writing.truncate(0)
+                try:
+                    # Small, for a block that does not come whole is lost.
+                    for block in response.iter_content(2**16):
+                        writing.write(block)
+                except requests.RequestException as error:
+                    raise RegistryError(f"{error}; what came of {digest} is kept, run again to go on") from error
+        found = sha256_of(partial)
+        if found != digest:
+            partial.unlink()
+            raise RegistryError(f"the blob {digest} was altered: what the registry sends has {found}")
+        partial.replace(target)
+        return True
 
     def get(self, path: str, max_bytes: int, headers: Dict[str, str]) -> bytes:
         """Raises ``RegistryError``, ``Absent`` for what is not there."""

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, List, Sequence, Tuple
 
-from ansible.module_utils.image_registry import DIGEST, sha256
+from ansible.module_utils.image_registry import DIGEST, Absent, Registry, sha256
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -44,18 +44,23 @@ def load_key(pem: bytes) -> Any:
     return key
 
 
-def signed_digest(key: Any, signature: Signature) -> str:
-    """The digest that the payload names, once the key has signed the payload."""
+def verify(key: Any, content: bytes, signature: str) -> None:
+    """Raises ``Refused`` unless the key has signed these bytes."""
     try:
-        signed = base64.b64decode(signature.base64, validate=True)
+        signed = base64.b64decode(signature, validate=True)
         if isinstance(key, ec.EllipticCurvePublicKey):
-            key.verify(signed, signature.payload, ec.ECDSA(SHA256()))
+            key.verify(signed, content, ec.ECDSA(SHA256()))
         elif isinstance(key, rsa.RSAPublicKey):
-            key.verify(signed, signature.payload, padding.PKCS1v15(), SHA256())
+            key.verify(signed, content, padding.PKCS1v15(), SHA256())
         else:
-            key.verify(signed, signature.payload)
+            key.verify(signed, content)
     except (InvalidSignature, binascii.Error) as error:
         raise Refused("one that this key did not make, or of an altered payload") from error
+
+
+def signed_digest(key: Any, signature: Signature) -> str:
+    """The digest that the payload names, once the key has signed the payload."""
+    verify(key, signature.payload, signature.base64)
     try:
         critical = json.loads(signature.payload)["critical"]
         kind, digest = critical["type"], critical["image"]["docker-manifest-digest"]
@@ -93,6 +98,21 @@ def layers(manifest: bytes) -> List[Tuple[str, str]]:
     return [
         (str(digest), str(signature)) for digest, signature in listed if signature and DIGEST.fullmatch(str(digest))
     ]
+
+
+def of_image(registry: Registry, digest: str) -> List[Signature]:
+    """What the registry has beside the image."""
+    try:
+        listed = layers(registry.manifest(digest.replace(":", "-") + ".sig"))
+    except Absent:
+        return []
+    return [Signature(registry.blob(name, PAYLOAD_MAX_BYTES), text) for name, text in listed]
+
+
+def printed(signatures: Sequence[Signature]) -> str:
+    """As `cosign download signature` prints them."""
+    rows = [{"Base64Signature": one.base64, "Payload": base64.b64encode(one.payload).decode()} for one in signatures]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def downloaded(text: str) -> List[Signature]:
