@@ -148,7 +148,7 @@ class Gateway(fronts.Front):
         self.pool_at = {"socket": str(self.run / "admin.sock"), "states": str(folder / "servers"), "backend": "engine"}
         self.given = variables
 
-    def write(self) -> None:
+    def write(self) -> str:
         key = self.folder / "instances.key"
         key.write_text(f"instances {INTERNAL_KEY}\n")
         key.chmod(0o644)
@@ -167,7 +167,7 @@ class Gateway(fronts.Front):
             "__gateway_key": str(key),
             **self.given,
         }
-        super().write()
+        return super().write()
 
     @property
     def url(self) -> str:

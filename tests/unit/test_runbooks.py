@@ -47,7 +47,7 @@ def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
         )
         assert command == "ansible-playbook"
         assert (PROJECT / playbook).is_file()
-        # Ansible leaves out what -l does not name: who changes a gateway names it, and the monitoring has a host of its own.
+        # Ansible leaves out what -l does not name: who changes a gateway names it, and monitoring has its own host.
         assert arguments[0] == "-l"
         assert arguments[1] in ("npu-01", "gateway", "npu-01,gateway", "npu-01,monitor-01")
     assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in lines)
