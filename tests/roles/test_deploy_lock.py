@@ -124,7 +124,8 @@ def test_a_verb_that_changes_the_service_keeps_other_controllers_out(verb: str) 
         "deploy_lock",
         None,
     ]
-    (release,) = tasks[-1]["always"]
+    # First of all: what comes behind it may fail.
+    release, *_ = tasks[-1]["always"]
     assert release["ansible.builtin.import_role"] == {"name": "deploy_lock", "tasks_from": "release"}
 
 
