@@ -225,7 +225,7 @@ def test_a_drain_completes_what_is_in_flight_and_tells_others_to_come_back(
     before = container_start(node)
     with ThreadPoolExecutor(32) as pool, ledger(url, keys["bob"]) as book:
         answers = [
-            pool.submit(chat, url, f"long {number}", 512, keys["alice"], ignore_eos=True) for number in range(32)
+            pool.submit(chat, url, f"long {number}", 3000, keys["alice"], ignore_eos=True) for number in range(32)
         ]
         time_until_running(node)
         restarted = play("playbooks/restart.yml", **choices)
