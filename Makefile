@@ -48,7 +48,7 @@ test-monitoring: .venv/dev  ## rules, dashboard, and a real Prometheus whose ale
 test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 	pytest -q -m "not long" tests/lab
 
-test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away, podman (70 min)
+test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away, podman, an engine that hangs (3 h)
 	@.ci/bootstrap monitoring
 	pytest -q -m "$(LONG)" tests/lab
 
