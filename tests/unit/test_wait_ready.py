@@ -6,6 +6,7 @@ import contextlib
 import grp
 import json
 import os
+import socket
 import socketserver
 import stat
 import subprocess
@@ -89,6 +90,26 @@ def engine_at(path: Path, status: int) -> Iterator[None]:
         yield
         server.shutdown()
         thread.join()
+
+
+def test_an_error_whose_text_does_not_come_is_no_answer(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as engine:
+        engine.bind(str(tmp_path / "s"))
+        engine.listen()
+
+        def answer() -> None:
+            connection, _ = engine.accept()
+            with connection:
+                connection.sendall(b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 9\r\n\r\n")
+                asked.wait()
+
+        asked = threading.Event()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        found = wait_ready.generates("http://engine", "glm-ocr", 0.2, str(tmp_path / "s"))
+        asked.set()
+        thread.join()
+    assert "timed out" in found
 
 
 def waited_behind_the_front(path: Path, group: str, monkeypatch: pytest.MonkeyPatch) -> int:

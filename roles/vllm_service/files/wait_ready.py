@@ -31,10 +31,12 @@ def generates(url: str, model: str, timeout: float, socket: str = "") -> str:
     """Ask for one token.  Returns "" when it came, else what came instead."""
     body = {"model": model, "messages": [{"role": "user", "content": "OK"}], "max_tokens": 1, "temperature": 0}
     try:
-        with unix_http.ask(url, "/v1/chat/completions", timeout, socket, json.dumps(body).encode()) as response:
-            tokens = json.load(response)["usage"]["completion_tokens"]
-    except urllib.error.HTTPError as error:
-        return f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
+        try:
+            with unix_http.ask(url, "/v1/chat/completions", timeout, socket, json.dumps(body).encode()) as response:
+                tokens = json.load(response)["usage"]["completion_tokens"]
+        except urllib.error.HTTPError as error:
+            # What it says of the error may not come either.
+            return f"HTTP {error.code}: {error.read(500).decode(errors='replace')}"
     except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException) as error:
         return str(error) or type(error).__name__
     return "" if tokens >= 1 else "no token was generated"
