@@ -82,7 +82,7 @@ bench-peers: .venv/dev  ## the benchmark client beside its peers, into docs/benc
 bench-guard: .venv/dev  ## what front and guard cost beside exposure direct, into docs/request-guard.md (8 min, root)
 	@.ci/bootstrap front
 	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
-	PYTHONPATH=files/guard:files/scripts:roles/vllm_service/files:tests/support python tests/bench_guard/measure.py
+	PYTHONPATH=files/guard:files/scripts:roles/ocr_front/files:roles/vllm_service/files:tests/support python tests/bench_guard/measure.py
 
 # All that the lab needs of this machine, before anything is installed.
 machine:

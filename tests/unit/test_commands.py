@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -143,3 +144,10 @@ def test_a_failure_of_one_half_is_the_commands_and_told(failing: str, clone: Pat
     assert "pytest -q tests/lab" not in called
     if not failing.startswith("ansible"):
         assert f"{failing.split()[0]} does not pass" in "".join(output.splitlines(keepends=True)[-5:])
+
+
+def test_the_guards_bench_finds_its_modules() -> None:
+    """It runs without pytest's path, and nobody runs it often."""
+    (path,) = re.findall(r"PYTHONPATH=(\S+) python tests/bench_guard/measure.py", (PROJECT / "Makefile").read_text())
+    modules = "import bench_workload, front, guard_inputs, request_guard.middleware"
+    subprocess.run([sys.executable, "-c", modules], cwd=PROJECT, env={"PYTHONPATH": path}, check=True)
