@@ -52,10 +52,10 @@ test-long: lab  ## the faults that take long: killed controllers, three nodes, a
 	@.ci/bootstrap monitoring
 	pytest -q -m "$(LONG)" tests/lab
 
-soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (70 min)
+soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (65 min)
 	SOAK_SECONDS=3600 SOAK_PAGE=docs/soak.md pytest -q -m soak tests/lab
 
-recovery: lab  ## what ends under load, and for how long nobody is served, into docs/recovery.md (15 min)
+recovery: lab  ## what ends under load, and for how long nobody is served, into docs/recovery.md (8 min)
 	RECOVERY_PAGE=docs/recovery.md pytest -q tests/lab/test_recovery.py
 
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)

@@ -22,7 +22,7 @@ from ledger import COMPLETE
 from rendering import PROJECT
 from soak import BAD_OF_HUNDRED, Soaked, saturation, soak
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.soak, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.soak, pytest.mark.usefixtures("restored")]
 
 HOUR = 3600.0
 SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
