@@ -3,8 +3,6 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-# Which of the long tests; CI has no time for those marked nightly.
-LONG := long
 STATIC_LOG := .venv/static.log
 LAB := $(BIN)/ansible-playbook -i inventory/lab
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -50,7 +48,7 @@ test-lab: lab  ## end-to-end tests in the lab, but for the long ones
 
 test-long: lab  ## the faults that take long: killed controllers, three nodes, a registry that goes away, podman, an engine that hangs (3 h)
 	@.ci/bootstrap monitoring
-	pytest -q -m "$(LONG)" tests/lab
+	pytest -q -m long tests/lab
 
 soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/soak.md (65 min)
 	SOAK_SECONDS=3600 SOAK_PAGE=docs/soak.md pytest -q -m soak tests/lab

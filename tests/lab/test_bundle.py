@@ -13,7 +13,7 @@ from testinfra.host import Host
 from lab import ENGINE, WEIGHTS, Controller, Play, Played, latest_report, node_named
 from model_files import NANO, flip
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 IMAGE = ENGINE["glm_ocr_image"]
 

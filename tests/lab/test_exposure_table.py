@@ -22,7 +22,7 @@ from raw_requests import CHAT, CLOSED, HOST, KEY, RAW, Raw, Told, head, tell
 from rendering import PROJECT
 from vllm_idle import in_flight
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 SOCKET = "/run/glm-ocr/engine.sock"
 RAW_GROUP, KEYLESS, ASKED, ENDS = (

@@ -17,7 +17,7 @@ from testinfra.host import Host
 from lab import FLEET, Play, Played, chat, extra_flags, lab_node, node_named, release
 from ledger import ledger
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 NODES = ("node1", "node2", "node3")
 

@@ -17,7 +17,7 @@ from lab import INVENTORY, LAB_STATE, Play, Played, chat, deploy_guarded
 from monitored import PROGRAMS
 from rendering import PROJECT, ROLES
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 PACKAGES = ("prometheus-node-exporter", "prometheus-blackbox-exporter", "prometheus")
 #: How long the longest wait of the alert, a scrape and an evaluation may take together.

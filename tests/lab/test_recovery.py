@@ -27,7 +27,7 @@ from lab import (
 from ledger import Ledger, ledger
 from rendering import PROJECT
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 CACHE = "/var/lib/glm-ocr/cache"
 #: Clients that send all the while, one request after the other.

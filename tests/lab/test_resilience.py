@@ -156,7 +156,6 @@ POINTS = [
 
 
 @pytest.mark.long
-@pytest.mark.nightly
 @pytest.mark.parametrize("number", range(len(POINTS)), ids=[point.replace(" ", "") for point in POINTS])
 def test_a_killed_controller_is_no_harm(number: int, deployed: Played, node: Host, play: Play) -> None:
     # Each point starts from another release, so that there is something to do.

@@ -29,7 +29,7 @@ from lab import (
 )
 from ledger import Ledger, ledger
 
-pytestmark = [pytest.mark.long, pytest.mark.nightly, pytest.mark.usefixtures("restored")]
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
 STATE, TEXTFILE = "/var/lib/glm-ocr/watchdog.json", "/var/lib/glm-ocr/watchdog.prom"
 #: Quicker than the defaults, and one restart: the lab's time is dear.  Two requests at a time, so that a third waits.
