@@ -64,6 +64,12 @@ def test_the_probe_gets_what_the_service_gets_and_is_not_asked_twice(play: Local
     assert len(play.calls("run")) == 1, "nothing changed, and the image was asked again"
     assert "[PROBE_DTYPE] warning" in second.stdout, "a warning is told at every run"
 
+    # The engine in its sandbox may not look into it any more.
+    driver.chmod(0o700)
+    third = play.run(entry(), **given)
+    assert third.rc == 0, third.stdout
+    assert len(play.calls("run")) == 2, "a mode changed, and the image was not asked"
+
 
 def test_an_error_refuses_with_all_findings_and_is_not_remembered(play: LocalPlay) -> None:
     answer(play, FINDING, WARNING)
