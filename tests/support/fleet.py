@@ -208,6 +208,9 @@ def fleet(**variables: Any) -> Iterator[tuple[Gateway, dict[str, Instance]]]:
 
 @contextmanager
 def load(gateway: Gateway, senders: int = 6) -> Iterator[list[Ledger]]:
-    """Clients that send one request after the other, as long as the block runs."""
+    """Clients that send one request after the other, as long as the block runs and until each was served after it."""
     with ExitStack() as stack:
-        yield [stack.enter_context(ledger(gateway.url, fronts.KEYS["validation"])) for _ in range(senders)]
+        books = [stack.enter_context(ledger(gateway.url, fronts.KEYS["validation"])) for _ in range(senders)]
+        yield books
+        served = [book.complete for book in books]
+        gateway.until(lambda: all(book.complete > before for book, before in zip(books, served, strict=True)))
