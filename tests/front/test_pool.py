@@ -240,7 +240,7 @@ def test_clients_have_keys_of_the_gateways_and_instances_one_of_their_own() -> N
         (headers,) = [header for instance in instances.values() for header in instance.headers]
         assert headers["authorization"] == f"Bearer {INTERNAL_KEY}"
         assert headers["x-request-id"] == served.headers["x-request-id"]
-        written = (gateway.folder / "haproxy.cfg").read_text() + gateway.stop()
+        written = (gateway.folder / "haproxy.cfg").read_text() + gateway.finished()
     assert not [key for key in (*KEYS.values(), INTERNAL_KEY) if key in written]
     assert "key=alice" in written
 

@@ -240,7 +240,8 @@ def test_the_files_and_the_log_have_names_and_no_key() -> None:
             served = front.ask(front.post(b"{}", Cookie="secret=1"))
             front.ask(front.head(f"/v1/models?api_key={KEYS['bob']}", "bob"))
             front.ask(front.head("/v1/models", "x" * 40))
-        log = front.stop()
+        log = front.finished()
+        front.stop()
         written = "".join(file.read_text() for file in (path / "haproxy.cfg", *path.glob("keys-*.map")))
     assert not [key for key in (*KEYS.values(), "x" * 40, "secret=1") if key in log + written]
     assert re.search(

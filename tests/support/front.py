@@ -214,11 +214,16 @@ class Front:
             self._process.terminate()
             self._process.wait(SECONDS)
 
-    def stop(self) -> str:
-        """Its log."""
+    def finished(self) -> str:
+        """Its log once it has ended by itself: a reply arrives before its line is written."""
+        self.begin_to_stop()
+        assert self.ended() == 0
+        return self.log.read_text()
+
+    def stop(self) -> None:
+        """For good."""
         self.end()
         self._notified.close()
-        return self.log.read_text() if self.log.exists() else ""
 
     def _signal(self, number: int, acknowledgement: bytes) -> None:
         """Sent until it is acknowledged: the main process executes itself anew after a start, and loses one then."""
