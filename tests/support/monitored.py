@@ -29,7 +29,7 @@ from rendering import PROJECT
 
 #: Where `.ci/bootstrap monitoring` puts them: nothing of them is installed, and nothing starts by itself.
 PROGRAMS = PROJECT / ".venv" / "monitoring" / "usr" / "bin"
-SECONDS = 30.0
+SECONDS = 120.0
 
 SYSTEMCTL = """
 import os, pathlib, signal, subprocess, sys
