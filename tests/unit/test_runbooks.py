@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,19 @@ from ansible.module_utils.findings import CATALOGUE
 
 import preflight_report
 from rendering import PROJECT, ROLES
+from runbooks import BLOCK, PLACEHOLDERS, RUNBOOKS, Command, commands
 
-RUNBOOKS = PROJECT / "docs" / "runbooks"
 #: What an operator runs; the lab is no part of production.
 VERBS = sorted(path.stem for path in PROJECT.glob("playbooks/*.yml") if not path.stem.startswith("lab"))
-BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ENVIRONMENT = set(
+    yaml.safe_load((PROJECT / "inventory" / "group_vars" / "ascend910" / "vllm_service.yml").read_text())[
+        "vllm_service_environment"
+    ]
+)
+PAGES = sorted(RUNBOOKS.glob("*.md"))
 
 
-def commands(page: Path) -> list[str]:
+def lines(page: Path) -> list[str]:
     return "".join(BLOCK.findall(page.read_text())).splitlines()
 
 
@@ -27,7 +34,7 @@ def commands(page: Path) -> list[str]:
 def test_every_verb_has_a_page_in_both_languages_with_the_same_commands(verb: str) -> None:
     english, chinese = RUNBOOKS / f"{verb}.md", RUNBOOKS / "zh" / f"{verb}.md"
     assert BLOCK.findall(english.read_text()) == BLOCK.findall(chinese.read_text())
-    assert commands(english)
+    assert lines(english)
     headings = [len(re.findall(r"^## ", page.read_text(), re.MULTILINE)) for page in (english, chinese)]
     assert headings == [4, 4], "when to use it, the command, when it worked, when it did not"
 
@@ -39,8 +46,8 @@ def test_every_page_is_of_a_verb() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
-    lines = commands(RUNBOOKS / f"{verb}.md")
-    for line in lines:
+    typed = lines(RUNBOOKS / f"{verb}.md")
+    for line in typed:
         command, playbook, *arguments = shlex.split(line)
         assert shlex.join([command, playbook, *arguments]) == line, (
             "one plain command a line, without a shell's own signs"
@@ -50,7 +57,7 @@ def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
         # Ansible leaves out what -l does not name: who changes a gateway names it, and monitoring has its own host.
         assert arguments[0] == "-l"
         assert arguments[1] in ("npu-01", "gateway", "npu-01,gateway", "npu-01,monitor-01")
-    assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in lines)
+    assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in typed)
 
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.rglob("*.md")), ids=lambda page: page.relative_to(RUNBOOKS).as_posix())
@@ -115,3 +122,60 @@ def test_every_alert_is_explained_in_both_languages_with_the_same_commands() -> 
 def test_the_preflight_says_where_its_findings_are_explained() -> None:
     assert (PROJECT / preflight_report.RUNBOOK).is_file()
     assert (PROJECT / preflight_report.RUNBOOK_ZH).is_file()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_both_languages_have_the_same_commands(page: Path) -> None:
+    def typed(language: Path) -> list[tuple[str, bool]]:
+        return sorted({(command.text, command.in_block) for command in commands(language)})
+
+    assert typed(page) == typed(RUNBOOKS / "zh" / page.name)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_command_names_what_there_is(page: Path) -> None:
+    wrong = {command.text: problem for command in commands(page) if (problem := problem_of(command))}
+    assert wrong == {}
+
+
+def problem_of(command: Command) -> str:
+    """Why it could not be typed; empty for a good one."""
+    parsed = subprocess.run(["bash", "-n", "-c", command.text], capture_output=True, text=True, check=False)
+    if parsed.returncode:
+        return parsed.stderr
+    # A word in capitals that is neither a placeholder nor a variable of the engine's is one that nobody explains.
+    if (
+        unknown := set(re.findall(r"(?<![\w/.-])[A-Z][A-Z_]+(?![\w/.:]|-[a-z])", command.text))
+        - PLACEHOLDERS
+        - ENVIRONMENT
+    ):
+        return f"{sorted(unknown)} stand for something that no page explains"
+    if not command.playbook:
+        return ""
+    path = PROJECT / command.words[1]
+    if not path.is_file():
+        return f"{command.words[1]} is no playbook"
+    given = {name: value for name, value in itertools.pairwise(command.words) if name.startswith("-")}
+    known = {name for file in ROLES.glob("*/defaults/main.yml") for name in yaml.safe_load(file.read_text()) or {}}
+    if (variable := given.get("-e", "=").partition("=")[0]) and variable not in known:
+        return f"no role has {variable}"
+    tags = given.get("--tags") or given.get("--skip-tags")
+    if tags and not re.search(rf"tags: .*\b{tags}\b", (PROJECT / "playbooks" / "validate.yml").read_text()):
+        return f"validate.yml has no tag {tags}"
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("ansible-playbook playbooks/absent.yml -l npu-01", "is no playbook"),
+        ("ansible-playbook deploy.yml -l npu-01 -e no_such_variable=1", "no role has"),
+        ("ansible-playbook validate.yml -l npu-01 --tags ocr_all", "no tag"),
+        ("docker rm SOMETHING", "no page explains"),
+        ("docker 'run", "unexpected EOF"),
+        ("ansible-playbook validate.yml -l npu-01 --tags ocr_bench", ""),
+    ],
+)
+def test_a_command_that_rotted_is_seen(text: str, problem: str) -> None:
+    found = problem_of(Command("deploy", text, in_block=True))
+    assert problem in found if problem else not found
