@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,13 +12,11 @@ from typing import Any
 import pytest
 from testinfra.host import Host
 
-from lab import INVENTORY, LAB_STATE, Play, Played, chat, deploy_guarded
-from monitored import PROGRAMS
+from lab import INVENTORY, Play, Played, chat, deploy_guarded, prometheus
 from rendering import PROJECT, ROLES
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
-PACKAGES = ("prometheus-node-exporter", "prometheus-blackbox-exporter", "prometheus")
 #: How long the longest wait of the alert, a scrape and an evaluation may take together.
 SECONDS = 420
 
@@ -46,28 +43,17 @@ class Watched:
 
 @pytest.fixture(scope="module")
 def watched(deployed: Played, node: Host, play: Play) -> Iterator[Watched]:
-    """The packages come from the machine: a node reaches no mirror. What Prometheus' own page needs is left out."""
-    folder = PROGRAMS.parents[1]
-    address = node.backend.hostname
-    options = ("-i", LAB_STATE / "ssh" / "id_ed25519", "-o", f"UserKnownHostsFile={LAB_STATE}/ssh/known_hosts")
-    subprocess.run(["scp", "-q", *options, *folder.glob("*.deb"), f"root@{address}:/tmp"], check=True)
-    node.check_output("dpkg --force-depends --install /tmp/prometheus*.deb")
-    choices: dict[str, Any] = {"ocr_front_metrics_enabled": True, "ocr_front_metrics_sources": ["127.0.0.0/8", address]}
-    try:
+    sources = ["127.0.0.0/8", node.backend.hostname]
+    choices: dict[str, Any] = {"ocr_front_metrics_enabled": True, "ocr_front_metrics_sources": sources}
+    with prometheus(node):
         key = deploy_guarded(play, **choices)
-        sources = (INVENTORY, PROJECT / "tests" / "lab" / "monitoring.yml")
+        inventories = (INVENTORY, PROJECT / "tests" / "lab" / "monitoring.yml")
         choices |= {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": key}}
         first, second = (
-            play("playbooks/monitoring.yml", inventories=sources, limit="node1", **choices) for _ in range(2)
+            play("playbooks/monitoring.yml", inventories=inventories, limit="node1", **choices) for _ in range(2)
         )
         assert first.rc == 0, first.failures
         yield Watched(node, key, first, second)
-    finally:
-        node.check_output(f"dpkg --purge {' '.join(reversed(PACKAGES))} && rm --force /tmp/prometheus*.deb")
-        node.check_output(
-            "rm --recursive --force /etc/glm-ocr-monitoring /etc/systemd/system/prometheus*.service.d"
-            " && systemctl daemon-reload"
-        )
 
 
 def test_all_is_read_and_a_second_play_changes_nothing(watched: Watched) -> None:

@@ -20,6 +20,7 @@ import testinfra
 import yaml
 from testinfra.host import Host
 
+from monitored import PROGRAMS
 from rendering import PROJECT, ROLES
 
 NODE = "node1"
@@ -45,6 +46,8 @@ API_PROCESS, ENGINE_PROCESS = "/usr/bin/python3 /usr/local/bin/vllm serve", "VLL
 BACK_SECONDS = 240
 #: Seconds within which the watchdog, as its defaults have it, finds a hang.
 HANG_SECONDS = 130
+#: Debian's packages, in the order in which they can go.
+PROMETHEUS = ("prometheus", "prometheus-blackbox-exporter", "prometheus-node-exporter")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,26 @@ def lab_node(verb: str, name: str) -> None:
     """What lab_node.py does from outside the node: remove it, cut its cable, join it again."""
     folder = LAB_STATE / "nodes" / name
     subprocess.run([sys.executable, ROLES / "lab_node" / "files" / "lab_node.py", verb, folder], check=True)
+
+
+@contextmanager
+def prometheus(node: Host) -> Iterator[None]:
+    """Prometheus and its exporters in a node, from the machine's packages: a node reaches no mirror.
+
+    What Prometheus' own page needs is left out; whatever a play made of them goes too.
+    """
+    options = ("-i", LAB_STATE / "ssh" / "id_ed25519", "-o", f"UserKnownHostsFile={LAB_STATE}/ssh/known_hosts")
+    packages = PROGRAMS.parents[1].glob("*.deb")
+    subprocess.run(["scp", "-q", *options, *packages, f"root@{node.backend.hostname}:/tmp"], check=True)
+    node.check_output("dpkg --force-depends --install /tmp/prometheus*.deb")
+    try:
+        yield
+    finally:
+        node.check_output(f"dpkg --purge {' '.join(PROMETHEUS)} && rm --force /tmp/prometheus*.deb")
+        node.check_output(
+            "rm --recursive --force /etc/glm-ocr-monitoring /etc/systemd/system/prometheus*.service.d"
+            " && systemctl daemon-reload"
+        )
 
 
 def extra_flags(**flags: Any) -> dict[str, Any]:

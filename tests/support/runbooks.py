@@ -19,7 +19,7 @@ PROGRAMS = frozenset(
     " systemctl tar timedatectl uname".split()
 )
 #: What stands for a value that only the site or the message has.
-PLACEHOLDERS = frozenset("ARCHIVE CONTAINER DIGEST IMAGE KEY NEW_NAME PID TARGET WHEELS".split())
+PLACEHOLDERS = frozenset("ARCHIVE CONTAINER DIGEST IMAGE KEY NEW_NAME PID TARGET".split())
 CONTROLLER, HOST, GATEWAY, MONITOR = "controller", "host", "gateway", "monitoring host"
 #: Pages whose commands are typed on the controller, whatever they are.
 ON_CONTROLLER = ("bundle", "unbundle")
