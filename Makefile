@@ -63,7 +63,7 @@ screenshots: browser  ## pictures of the lab's last report, into docs/images
 	PYTHONPATH=tests/support python tests/browser/screenshots.py reports/node1/latest docs/images
 
 exposure-table: lab  ## what front and guard refuse, and what direct does with it, into docs/exposure.md (30 min)
-	EXPOSURE_PAGE=docs/exposure.md pytest -q tests/lab/test_exposure_table.py
+	EXPOSURE_PAGE=docs/exposure.md pytest -q -s tests/lab/test_exposure_table.py
 
 fault-table: lab  ## injected faults and healthy runs under all stages, in the lab, into docs/fault-table.md (75 min)
 	pytest -q -m faults tests/faults

@@ -141,13 +141,16 @@ def test_what_the_front_refuses_and_what_gets_through_without_it(
 
     direct = play("deploy.yml")
     assert direct.rc == 0, direct.failures
-    rows = list(measured(node, url, front))
+    rows = []
+    for row in measured(node, url, front):
+        rows.append(row)
+        print(row, flush=True)
+    if target := os.environ.get("EXPOSURE_PAGE"):
+        (PROJECT / target).write_text(page(rows))
     # The last one of the list was the end of the engine, or not: the next test finds one that serves.
     assert serves(url)
     # The front was not tried with what would be refused anyway.
     assert any(row.inferred for row in rows)
-    if target := os.environ.get("EXPOSURE_PAGE"):
-        (PROJECT / target).write_text(page(rows))
 
 
 def cells(told: Told) -> str:
