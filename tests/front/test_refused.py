@@ -6,6 +6,7 @@ import select
 import socket
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import pytest
 
@@ -132,6 +133,30 @@ def test_a_kept_connection_without_a_request_ends() -> None:
     assert told.answers == (200,)
     assert told.closed
     assert told.seconds >= 1
+
+
+def test_an_address_that_many_share_may_take_more_connections_and_no_other_may() -> None:
+    limits = {"ocr_front_max_connections": 12, "ocr_front_connections_per_source": 3}
+    with running(**limits, ocr_front_shared_sources=["127.0.0.2", "127.0.1.0/24"]) as front, serving(front.socket):
+        front.open()
+        for shared in ("127.0.0.2", "127.0.1.9"):
+            assert [status_from(front, shared, held) for held in (0, 4)] == [200, 200]
+        assert [status_from(front, "127.0.0.3", held) for held in (0, 3)] == [200, 0]
+
+
+def status_from(front: Front, source: str, held: int) -> int:
+    """What a request from there gets while so many connections from there are open; 0 for a closed connection."""
+    with ExitStack() as stack:
+        for _ in range(held):
+            kept = stack.enter_context(socket.create_connection(front.address, SECONDS, (source, 0)))
+            kept.sendall(front.head("/v1/models"))
+            assert answer(kept).status == 200
+        asking = stack.enter_context(socket.create_connection(front.address, SECONDS, (source, 0)))
+        try:
+            asking.sendall(front.head("/v1/models", Connection="close"))
+            return int((asking.recv(4096) or b"HTTP/1.1 0").split(b" ")[1])
+        except ConnectionError:
+            return 0
 
 
 def test_one_address_does_not_take_all_connections() -> None:
