@@ -20,6 +20,12 @@ SECURE = {
     "gateway_instances_ca": "/srv/tls/ca.pem",
     "gateway_retry_503_enabled": False,
 }
+# The second of two gateways that share an address.
+SHARED = {
+    "gateway_virtual_address": "192.0.2.100/24",
+    "gateway_virtual_interface": "bond0",
+    "gateway_peers": ["gw-02", "gw-01"],
+}
 
 
 def gateway(folder: Path, instances: dict[str, Any] | None = None, /, **overrides: Any) -> HostVariables:
@@ -31,9 +37,12 @@ def gateway(folder: Path, instances: dict[str, Any] | None = None, /, **override
         __ocr_front_service="glm-ocr-gateway",
         __ocr_front_template="gateway.cfg.j2",
     )
+    host.values["hostvars"] |= {"gw-02": {"ansible_host": "192.0.2.9"}, "gw-03": {"ansible_host": "gw-03.example"}}
     for name in ("npu-01", "npu-02"):
         host.values["hostvars"][name] |= INSTANCES if instances is None else instances
     host.values |= overrides
+    # As the role hands it to the front's.
+    host.values["__ocr_front_own_hosts"] = host.template("{{ __gateway_own_hosts }}")
     return host
 
 
@@ -43,6 +52,8 @@ def gateway(folder: Path, instances: dict[str, Any] | None = None, /, **override
         ("gateway.cfg.j2", {}, "gateway.haproxy.cfg"),
         ("gateway.cfg.j2", SECURE, "gateway.tls.haproxy.cfg"),
         ("glm-ocr-front.service.j2", {}, "gateway.service"),
+        ("keepalived.conf.j2", SHARED, "gateway.keepalived.conf"),
+        ("glm-ocr-gateway-address.service.j2", SHARED, "gateway-address.service"),
     ],
 )
 def test_golden(template: str, variables: dict[str, Any], golden: str, tmp_path: Path) -> None:
@@ -50,6 +61,16 @@ def test_golden(template: str, variables: dict[str, Any], golden: str, tmp_path:
     if os.environ.get("UPDATE_GOLDEN"):
         (GOLDEN / golden).write_text(rendered)
     assert rendered == (GOLDEN / golden).read_text(), "meant? then: UPDATE_GOLDEN=1 make test-fast"
+
+
+@pytest.mark.parametrize(("variables", "count"), [(SHARED, 1), ({}, 0)])
+def test_a_shared_address_is_a_name_of_the_gateway_and_haproxy_answers_keepalived(
+    variables: dict[str, Any], count: int, tmp_path: Path
+) -> None:
+    host = gateway(tmp_path, **variables)
+    text = host.template_file("gateway.cfg.j2")
+    assert text.count(" 192.0.2.100 ") == text.count("frontend alive") == count
+    assert host.template("{{ __gateway_problems }}") == []
 
 
 def test_the_instances_key_comes_from_them_and_is_in_no_configuration(tmp_path: Path) -> None:
@@ -88,6 +109,15 @@ def test_who_restarts_an_engine_knows_the_gateways(tmp_path: Path) -> None:
         ({"gateway_instances_key": "short"}, "must be a key of 32 to 256"),
         ({"gateway_check_path": "/health check"}, "found /health check"),
         ({"gateway_check_interval_seconds": 0}, "gateway_check_interval_seconds must be 1 to 9999"),
+        (
+            SHARED | {"gateway_virtual_address": "192.0.2.100"},
+            "the length of its network, such as 192.0.2.10/24, found",
+        ),
+        (SHARED | {"gateway_virtual_interface": ""}, "gateway_virtual_interface must name the interface"),
+        (SHARED | {"gateway_virtual_router_id": 256}, "must be 1 to 255, found 256"),
+        (SHARED | {"gateway_peers": ["gw-01"]}, "must be 2 to 100 hosts, gw-01 among them, found gw-01"),
+        (SHARED | {"gateway_peers": ["gw-01", "gw-02", "gw-09"]}, "must be hosts of the inventory, found gw-09"),
+        (SHARED | {"gateway_peers": ["gw-01", "gw-03"]}, "gw-03 must have an address of the same family"),
     ],
 )
 def test_what_cannot_be_rendered_is_named(overrides: dict[str, Any], complaint: str, tmp_path: Path) -> None:
