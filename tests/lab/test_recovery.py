@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import pytest
@@ -23,8 +21,9 @@ from lab import (
     container_start,
     deploy_guarded,
     engine_pid,
+    until,
 )
-from ledger import Ledger, ledger
+from ledger import Load, clients
 from rendering import PROJECT
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
@@ -90,33 +89,6 @@ def key(deployed: Played, play: Play) -> str:
     return deploy_guarded(play, vllm_watchdog_enabled=True)
 
 
-@dataclass(frozen=True)
-class Load:
-    """What the clients' ledgers say together."""
-
-    books: list[Ledger]
-
-    @property
-    def complete(self) -> int:
-        return sum(book.complete for book in self.books)
-
-    @property
-    def refused(self) -> int:
-        return sum(book.refused for book in self.books)
-
-    @property
-    def lost(self) -> list[str]:
-        return [one for book in self.books for one in book.lost]
-
-    @property
-    def longest_gap(self) -> float:
-        """Seconds that the client who waited longest was without a complete reply."""
-        return max(book.longest_gap for book in self.books)
-
-    def each_served(self, since: list[int]) -> bool:
-        return all(book.complete > before for book, before in zip(self.books, since, strict=True))
-
-
 @pytest.fixture(scope="module")
 def measured() -> Iterator[dict[str, Load]]:
     """What each fault cost; a page of it, where one is wanted and all were provoked."""
@@ -133,16 +105,13 @@ def test_it_serves_again_within_its_budget(
     before = container_start(node)
     # The starts that the faults before cost must not add up to the unit's limit.
     node.check_output("systemctl reset-failed glm-ocr")
-    with ExitStack() as stack:
-        load = Load([stack.enter_context(ledger(url, key)) for _ in range(CLIENTS)])
-        until(lambda: load.each_served([0] * CLIENTS), 60)
+    with clients(CLIENTS, url, key) as load:
         refused, gap = load.refused, load.longest_gap
         try:
             fault.provoke(node)
             # Somebody met the fault, and then all are served.
             until(lambda: load.refused > refused or load.longest_gap > gap + 1, fault.budget)
-            served = [book.complete + 1 for book in load.books]
-            until(lambda: load.each_served(served), fault.budget)
+            load.all_served(fault.budget)
         finally:
             fault.undo(node)
     measured[fault.name] = load
@@ -151,14 +120,6 @@ def test_it_serves_again_within_its_budget(
     assert (container_start(node) != before) is fault.restarts_engine
     assert load.lost == []
     assert load.longest_gap <= fault.budget
-
-
-def until(holds: Callable[[], bool], seconds: float) -> None:
-    """Returns once it holds; what is looked at is the ledger's own counting, which nothing announces."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"not within {seconds} s"
-        time.sleep(0.1)
 
 
 def page(loads: dict[str, Load]) -> str:

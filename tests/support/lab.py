@@ -76,10 +76,18 @@ def node_named(name: str) -> Host:
     )
 
 
-def lab_node(verb: str, name: str) -> None:
-    """What lab_node.py does from outside the node: remove it, cut its cable, join it again."""
+def lab_node(verb: str, name: str, *options: str) -> None:
+    """What lab_node.py does from outside the node: remove it, cut its cable, join it again, cut its power."""
     folder = LAB_STATE / "nodes" / name
-    subprocess.run([sys.executable, ROLES / "lab_node" / "files" / "lab_node.py", verb, folder], check=True)
+    subprocess.run([sys.executable, ROLES / "lab_node" / "files" / "lab_node.py", verb, folder, *options], check=True)
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    """Returns once it holds; for what nothing announces, such as what a ledger has counted."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import requests
 
-from lab import chat
+from lab import chat, until
 
 COMPLETE = ("stop", "length")
 
@@ -72,3 +72,42 @@ def ledger(url: str, key: str = "") -> Iterator[Ledger]:
     finally:
         end.set()
         sender.join()
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the ledgers of several clients say together."""
+
+    books: list[Ledger]
+
+    @property
+    def complete(self) -> int:
+        return sum(book.complete for book in self.books)
+
+    @property
+    def refused(self) -> int:
+        return sum(book.refused for book in self.books)
+
+    @property
+    def lost(self) -> list[str]:
+        return [one for book in self.books for one in book.lost]
+
+    @property
+    def longest_gap(self) -> float:
+        """Seconds that the client who waited longest was without a complete reply."""
+        return max(book.longest_gap for book in self.books)
+
+    def all_served(self, seconds: float) -> None:
+        """Waits until every client had a reply to a request that it sent after this was called."""
+        # The next one of each may have been on its way before.
+        wanted = [book.complete + 2 for book in self.books]
+        until(lambda: all(book.complete >= count for book, count in zip(self.books, wanted, strict=True)), seconds)
+
+
+@contextmanager
+def clients(count: int, url: str, key: str = "", seconds: float = 60) -> Iterator[Load]:
+    """So many that send one request after the other, all of which have been served within ``seconds``."""
+    with ExitStack() as stack:
+        load = Load([stack.enter_context(ledger(url, key)) for _ in range(count)])
+        load.all_served(seconds)
+        yield load
