@@ -56,6 +56,9 @@ soak: lab  ## an hour of load on front, guard and engine in the lab, into docs/s
 recovery: lab  ## what ends under load, and for how long nobody is served, into docs/recovery.md (8 min)
 	RECOVERY_PAGE=docs/recovery.md pytest -q tests/lab/test_recovery.py
 
+fleet: lab  ## upgrades, kills and cuts under load, three nodes behind two gateways, into docs/fleet.md (30 min)
+	FLEET_PAGE=docs/fleet.md pytest -q tests/lab/test_fleet.py
+
 test-browser: browser  ## the reports' pages in a real Chromium, at two widths and in two languages (1 min)
 	pytest -q tests/browser
 
@@ -93,4 +96,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser test-monitoring
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery fleet test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser test-monitoring

@@ -16,15 +16,14 @@ from pathlib import Path
 import pytest
 from testinfra.host import Host
 
-from lab import ENGINE, INVENTORY, Play, Played, extra_flags, lab_node, node_named, prometheus
+from lab import ENGINE, GATEWAYS, INVENTORY, Play, Played, extra_flags, lab_node, node_named, prometheus
 from model_files import NANO
 from rendering import PROJECT
 from runbooks import CONTROLLER, GATEWAY, HOST, MONITOR, RUNBOOKS, Command, commands
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("restored")]
 
-GATEWAY_NODE = PROJECT / "tests" / "lab" / "gateway.yml"
-SITE = (INVENTORY, GATEWAY_NODE, PROJECT / "tests" / "lab" / "runbooks.yml")
+SITE = (INVENTORY, GATEWAYS, PROJECT / "tests" / "lab" / "runbooks.yml")
 #: Where the pages have a site's files, and where its vaults are.
 BUNDLE, MODEL, UNPACKED = (Path("/srv") / name for name in ("bundle", "GLM-OCR-bf16", "glm-ocr"))
 VAULTS = [PROJECT / "inventory" / "group_vars" / group / "keys.yml" for group in ("ascend910_front", "gateway")]
@@ -162,7 +161,8 @@ def site(deployed: Played, play: Play, node: Host, tmp_path: Path) -> Iterator[S
             yield Site({HOST: node, GATEWAY: gateway, MONITOR: gateway}, tmp_path, fingerprint)
     finally:
         node.run("mv /etc/hosts.before /etc/hosts")
-        lab_node("remove", "gw1")
+        for name in ("gw1", "gw2"):
+            lab_node("remove", name)
         for path in (BUNDLE, MODEL, UNPACKED):
             shutil.rmtree(path, ignore_errors=True)
         for path in VAULTS:

@@ -26,7 +26,8 @@ from rendering import PROJECT, ROLES
 NODE = "node1"
 INVENTORY = PROJECT / "inventory" / "lab"
 THREE_NODES = (INVENTORY, PROJECT / "tests" / "lab" / "three_nodes.yml")
-FLEET = (*THREE_NODES, PROJECT / "tests" / "lab" / "gateway.yml")
+GATEWAYS = PROJECT / "tests" / "lab" / "gateway.yml"
+FLEET = (*THREE_NODES, GATEWAYS)
 LAB_HOST = yaml.safe_load((ROLES / "lab_host" / "defaults" / "main.yml").read_text())
 LAB_STATE, LAB_CACHE = Path(LAB_HOST["lab_host_state_dir"]), Path(LAB_HOST["lab_host_cache_dir"])
 ENGINE = yaml.safe_load((PROJECT / "inventory" / "group_vars" / "lab_nodes" / "engine.yml").read_text())
