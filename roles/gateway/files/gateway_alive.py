@@ -4,7 +4,7 @@ import socket
 import sys
 
 #: Less than what keepalived gives it.
-SECONDS = 1.5
+SECONDS = 3
 
 
 def main() -> int:
