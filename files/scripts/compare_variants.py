@@ -20,6 +20,7 @@ from typing import Any
 
 import jsonschema
 
+from redaction import MASK, SECRET_NAME
 from report_files import STANDARD_INPUT, UnusableError, load, schema
 from stage_result import EXIT_STATUS, write_json, write_text
 
@@ -67,12 +68,19 @@ def variant(outcome: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     deployment = (report["deployment"] if report else None) or {}
     return {
         "name": outcome["name"],
-        "variables": outcome["variables"],
+        "variables": shown(outcome["variables"]),
         "failure": failure,
         "release": deployment.get("release"),
         "engine_note": report["engine_note"] if report else None,
         "loads": [load_of(phase) for phase in bench["phases"]] if bench else [],
     }
+
+
+def shown(value: Any) -> Any:
+    """``value`` without what a name marks as a secret."""
+    if isinstance(value, dict):
+        return {name: MASK if SECRET_NAME.search(name) else shown(item) for name, item in value.items()}
+    return [shown(item) for item in value] if isinstance(value, list) else value
 
 
 def load_of(phase: Mapping[str, Any]) -> dict[str, Any]:

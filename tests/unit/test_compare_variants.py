@@ -95,6 +95,15 @@ def test_a_variant_without_a_result_is_never_a_measured_one(
     assert comparison.written["variants"][0]["failure"]
 
 
+def test_a_secret_of_a_variant_is_in_neither_file(comparison: Comparison) -> None:
+    comparison.add("good", report(bench(phase("latency", 1))))
+    flags = {"api-key": "s3cret", "middleware": ["a", {"HF_TOKEN": "s3cret"}], "seed": 1}
+    comparison.variants[0]["variables"] = {"vllm_service_extra_flags": flags}
+    assert comparison.run() == 0
+    assert "s3cret" not in comparison.page + json.dumps(comparison.written)
+    assert comparison.written["variants"][0]["variables"]["vllm_service_extra_flags"]["seed"] == 1
+
+
 def test_a_choice_that_is_not_back_is_worse_than_a_variant_that_failed(comparison: Comparison) -> None:
     comparison.add("good", report(bench(phase("latency", 1))))
     assert comparison.run("the engine does not start") == 2
