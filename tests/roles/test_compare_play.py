@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import again
+from fake_gateway import admin
 from playing import HERE, Played, ansible_playbook
 from rendering import PROJECT
 from variant_reports import bench, phase, report
@@ -21,7 +22,10 @@ DEPLOY = """
 - hosts: ascend910
   gather_facts: false
   tasks:
-    - ansible.builtin.shell: echo '{{ vllm_service_keep_releases }} {{ vllm_service_operator }}' >> {{ site }}/deployed
+    - ansible.builtin.shell: >-
+        echo
+        '{{ vllm_service_keep_releases }} {{ vllm_service_operator }} {{ glm_ocr_gateways | default([]) | length }}' >>
+        {{ site }}/deployed
     - name: Run | Start it
       ansible.builtin.fail: {msg: "no such flag, [secretless]"}
       when: vllm_service_shm_size == '13g'
@@ -106,7 +110,7 @@ def test_every_variant_is_measured_though_one_fails_and_the_inventorys_choice_co
     played = site.compare(variants, "-e", "vllm_service_operator=someone")
     assert played.rc != 0
     # The command line's own variables hold for all of them.
-    assert site.deployed() == ["2 someone", "5 someone", "3 someone", "5 someone"]
+    assert site.deployed() == ["2 someone 0", "5 someone 0", "3 someone 0", "5 someone 0"]
     comparison = site.comparison()
     assert comparison["verdict"] == "FAIL"
     assert [one["name"] for one in comparison["variants"]] == list(variants)
@@ -124,6 +128,22 @@ def test_all_measured_is_green(site: Site) -> None:
     assert played.rc == 0
     assert site.comparison()["verdict"] == "PASS"
     assert "| as-it-is | latency, 1 at a time | 1.25 |" in played.output
+
+
+def test_the_host_is_out_of_the_pools_until_the_inventorys_choice_is_back(site: Site) -> None:
+    socket = site.folder / "admin.sock"
+    before = {
+        "glm_ocr_gateways": ["localhost"],
+        "__gateway_socket": str(socket),
+        "__gateway_states": f"{socket}.states",
+    }
+    with admin(socket, site.folder / "deployed", ["npu-01", "npu-02"]):
+        played = site.compare({"two": {"vllm_service_keep_releases": 2}}, "-e", json.dumps(before))
+    assert played.rc == 0
+    left, *deployed = site.deployed()
+    assert "npu-01" in left
+    # The variant knows no gateway that would send it clients.
+    assert deployed == ["2 inventory 0", "5 inventory 1"]
 
 
 def test_a_choice_that_does_not_come_back_is_said_first(site: Site) -> None:
