@@ -230,9 +230,12 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
     again = bring()
     assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
     instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
+    instances["npu-02-1"] = instances["npu-02"] | {"glm_ocr_instance": 1}
     assert bring().rc == 0
     assert host.calls() == ["start", "reload"]
-    assert "server npu-02 192.0.2.12:8000" in (host.folder / "etc" / "haproxy.cfg").read_text()
+    configuration = (host.folder / "etc" / "haproxy.cfg").read_text()
+    assert "server npu-02 192.0.2.12:8000" in configuration
+    assert "server npu-02-1 192.0.2.12:8001" in configuration
 
 
 def test_a_pool_that_cannot_be_rendered_stops_before_the_lock(host: Host) -> None:

@@ -39,7 +39,7 @@ NOT_RUN = {
 #: The verbs in an order in which an operator could need them.
 STORY = (
     "deploy status preflight logs front_keys weights_manifest gateway watchdog monitoring HOSTS validate ci_validate"
-    " baseline_promote restart drain rollback bundle unbundle weights_fetch stop remove BARE onboard offboard"
+    " compare baseline_promote restart drain rollback bundle unbundle weights_fetch stop remove BARE onboard offboard"
 ).split()
 SMALL = "runbook-small:1"
 #: What the placeholders stand for; by command what comes before it and after it on the host.

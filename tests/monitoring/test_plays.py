@@ -53,6 +53,27 @@ def test_each_host_is_read_as_it_is_exposed_and_what_is_down_is_told(tmp_path: P
     }
 
 
+def test_the_instances_of_a_host_share_its_exporter(tmp_path: Path) -> None:
+    here = {"glm_ocr_exposure": "direct", "ansible_port": 2222, "glm_ocr_devices": []}
+    lines = {
+        f"npu-01-{n}": here | {"glm_ocr_instance": n, "glm_ocr_port": port} for n, port in enumerate(free_ports(2))
+    }
+    monitoring = Monitoring(tmp_path, lines)
+    try:
+        first, second = monitoring.play(), monitoring.play("-l", "npu-01-1")
+    finally:
+        monitoring.stop()
+    assert (first.rc, second.rc) == (0, 0)
+    # Whichever line brings it, it tells of the units of both.
+    (unit,) = (tmp_path / "units").glob("prometheus-node-exporter.service.d/*")
+    assert "unit-include=(glm-ocr|glm-ocr-1).*[.](service|timer)" in unit.read_text()
+    assert second.recap("npu-01-1")["changed"] == 0
+    configuration = yaml.safe_load((tmp_path / "etc" / "prometheus.yml").read_text())
+    jobs = {job["job_name"]: job["static_configs"] for job in configuration["scrape_configs"]}
+    assert {"glm_ocr_engine/npu-01-0", "glm_ocr_engine/npu-01-1"} <= set(jobs)
+    assert [one["labels"]["instance"] for one in jobs["glm_ocr_host"]] == ["npu-01-0"]
+
+
 @pytest.mark.parametrize(
     ("variables", "told"),
     [

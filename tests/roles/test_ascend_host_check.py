@@ -162,6 +162,7 @@ def arguments(tmp_path: Path, script: Callable[[str, str], Path]) -> dict[str, A
         "container_engine": "docker",
         "container_engine_path": str(tmp_path / "docker"),
         "container_name": "glm-ocr",
+        "neighbours": [],
         "image": "quay.io/ascend/vllm-ascend:v0.18.0rc1",
         "image_space_gib": 0,
         "memory_gib": 0,
@@ -252,6 +253,42 @@ def test_what_our_own_container_holds_is_no_conflict(
     docker(script, container=OURS)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert look({**arguments, "memory_gib": 2**20, "port": listener.getsockname()[1]}) == {}
+
+
+@pytest.mark.parametrize(("second", "needed"), [("false", 3), ("true", 2), ("absent", 3)])
+def test_what_the_hosts_other_instances_need_is_not_free(
+    second: str, needed: int, look: Look, arguments: dict[str, Any], script: Callable[[str, str], Path]
+) -> None:
+    """The third is not there at all, the second as ``second`` says; those that run have what they need."""
+    found = "exit 1" if second == "absent" else f"echo {second}"
+    script(
+        "docker",
+        f'case "$1 $NF" in "info "*) echo 20.10.24 / ;; esac\n'
+        f'case "$5" in glm-ocr-1) {found} ;; *) [ "$1" = info ] ;; esac',
+    )
+    told = look({**arguments, "neighbours": ["glm-ocr-1", "glm-ocr-2"], "memory_gib": 2**20})
+    assert told["HOST_MEMORY"].expected == f"{needed * 2**20} GiB of available memory for {needed} instances"
+
+
+def test_the_hosts_other_instances_need_space_too(look: Look, arguments: dict[str, Any]) -> None:
+    told = look({**arguments, "neighbours": ["glm-ocr-1"], "state_space_gib": 2**40})
+    assert told["HOST_DISK"].expected.startswith(f"{2**41} GiB free under ")
+    assert told["HOST_DISK"].expected.endswith("of 2 instances")
+
+
+@pytest.mark.parametrize(("devices", "found"), [(["/dev/davinci0"], {"NPU_OCCUPIED"}), (["/dev/davinci1"], set())])
+def test_the_engine_of_another_instance_is_a_finding_on_the_same_card_alone(
+    devices: list[str], found: set[str], look: Look, arguments: dict[str, Any], script: Callable[[str, str], Path]
+) -> None:
+    """Each instance maps one card, which is 0 inside its container."""
+    table = NPU_SMI.read_text().replace(
+        f"| {'No running processes found in NPU 0':<95}|",
+        f"| 0       0                 | {os.getpid():<13} | VLLMWorker               | 3000                    |",
+    )
+    assert "VLLMWorker" in table
+    script("npu-smi", table.partition("\n")[2])
+    alone = {**arguments, "devices": devices, "visible_devices": "0", "npus_needed": 1, "container_name": "glm-ocr-1"}
+    assert set(look(alone)) == found
 
 
 def test_what_our_front_holds_is_no_conflict(

@@ -15,7 +15,7 @@ def test_a_host_without_faults_has_no_findings() -> None:
     assert host.check_container("glm-ocr", None, "docker") == []
     assert host.check_space("image", "/", 50 * GIB, 40, "x") == []
     assert host.check_architecture("image", "arm64", "aarch64") == []
-    assert host.check_host_memory(16 * GIB, 16) == []
+    assert host.check_host_memory(16 * GIB, 16, 1) == host.check_host_memory(32 * GIB, 16, 2) == []
     assert host.check_shm("1g", 16 * GIB) == []
     assert host.check_clock(100.0, 70.0, 30) == []
     assert host.check_devices(["/dev/davinci0", "/dev/hisi_hdc"], []) == []
@@ -82,8 +82,11 @@ def test_an_image_for_another_cpu_is_refused(architecture: str, machine: str) ->
 
 
 def test_too_little_memory_is_told_in_gib() -> None:
-    (finding,) = host.check_host_memory(16 * GIB - 1, 16)
+    (finding,) = host.check_host_memory(16 * GIB - 1, 16, 1)
     assert (finding.id, finding.found) == ("HOST_MEMORY", "16.0 GiB")
+    assert finding.expected == "16 GiB of available memory"
+    (finding,) = host.check_host_memory(16 * GIB, 16, 2)
+    assert finding.expected == "32 GiB of available memory for 2 instances"
 
 
 @pytest.mark.parametrize("size", ["512m", "17g", "much", "", "-1g", "1073741823"])

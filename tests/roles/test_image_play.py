@@ -56,9 +56,13 @@ def test_a_derived_image_is_built_once_from_wheels_without_a_network(play: Local
     before = play.run(ROLE, check=True, **given)
     assert (before.rc, before.changed) == (0, 1), before.stdout
     assert play.calls("build") == []
+    # Made by whoever takes it: the host's other instances wait for the build.
+    lock = play.folder / "build.lock"
+    assert not lock.exists()
 
     first = play.run(ROLE, **given)
     assert first.rc == 0, first.stdout
+    assert lock.exists()
     (build,) = play.calls("build")
     assert "--network=none" in build["arguments"]
     assert any(word.startswith("--label=glm-ocr.project-version=") for word in build["arguments"])

@@ -42,6 +42,7 @@ class LocalPlay:
             "glm_ocr_container_engine": str(self.engine),
             "glm_ocr_state_dir": str(folder / "state"),
             "glm_ocr_library_dir": str(folder / "lib"),
+            "__vllm_image_build_lock": str(folder / "build.lock"),
             "ansible_connection": "local",
             "ansible_python_interpreter": sys.executable,
         }

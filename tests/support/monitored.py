@@ -67,7 +67,8 @@ class Monitoring:
         (folder / "systemctl.py").write_text(SYSTEMCTL.format(folder=str(folder)))
         stub(folder / "bin", "systemctl", f'exec {sys.executable} {folder}/systemctl.py "$@"')
         here = HERE | {"ansible_host": "127.0.0.1", "host_exporter_port": exporter}
-        self.hosts = {name: here | host for name, host in hosts.items()}
+        # By another port of SSH, which nobody uses here, each is a machine of its own and no second instance of one.
+        self.hosts = {name: here | {"ansible_port": port} | host for port, (name, host) in enumerate(hosts.items(), 22)}
         self.variables: dict[str, Any] = {
             "__monitoring_user": "root",
             "__monitoring_units": str(folder / "units"),

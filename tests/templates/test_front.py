@@ -78,8 +78,8 @@ def test_the_map_has_digests_and_names_and_no_key(tmp_path: Path) -> None:
     [
         ({}, "http://127.0.0.1:8000"),
         ({"glm_ocr_bind_address": "10.0.0.1"}, "http://10.0.0.1:8000"),
-        (TLS, "http://127.0.0.1:8001"),
-        (TLS | {"glm_ocr_bind_address": "10.0.0.1"}, "http://127.0.0.1:8001"),
+        (TLS, "http://127.0.0.1:8100"),
+        (TLS | {"glm_ocr_bind_address": "10.0.0.1"}, "http://127.0.0.1:8100"),
         ({"glm_ocr_bind_address": "::"}, "http://[::1]:8000"),
     ],
 )

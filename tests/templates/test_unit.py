@@ -154,7 +154,7 @@ def test_numbers_of_the_command_line_are_text_and_render_the_same(tmp_path: Path
         "glm_ocr_max_model_len",
         "glm_ocr_port",
     ]
-    text = HostVariables(tmp_path / "text", **{name: str(host.values[name]) for name in names})
+    text = HostVariables(tmp_path / "text", **{name: str(host.template(f"{{{{ {name} }}}}")) for name in names})
     for template in ("{{ __vllm_service_release }}", "{{ __vllm_service_record }}", "{{ __vllm_service_problems }}"):
         assert text.template(template) == host.template(template)
 
@@ -281,7 +281,12 @@ def test_what_cannot_be_rendered_is_named(overrides: dict[str, object], complain
         ({"glm_ocr_container_engine_path": "docker"}, "glm_ocr_container_engine_path must be an absolute path"),
         ({"glm_ocr_devices": ["davinci0"]}, "glm_ocr_devices must be /dev/NAME, found davinci0"),
         ({"glm_ocr_driver_paths": ["usr/local"]}, "found usr/local"),
-        ({"glm_ocr_service_name": "a b"}, "glm_ocr_service_name must be"),
+        (
+            {"glm_ocr_service_name": "a b", "glm_ocr_state_dir": "/srv/a", "glm_ocr_library_dir": "/srv/b"},
+            "glm_ocr_service_name must be",
+        ),
+        ({"glm_ocr_instance": -1}, "glm_ocr_instance must be a whole number from 0 up, found -1"),
+        ({"glm_ocr_instance": "second"}, "glm_ocr_instance must be a whole number from 0 up, found second"),
     ],
 )
 def test_an_inventory_that_does_not_hold_together(overrides: dict[str, object], complaint: str, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ options:
   container_engine: {type: str, required: true, description: C(docker) or C(podman).}
   container_engine_path: {type: str, required: true, description: Where the unit will call it.}
   container_name: {type: str, required: true, description: Our own container; what it holds is no conflict.}
+  neighbours: {type: list, elements: str, required: true, description: Containers that this play runs on this host too.}
   image: {type: str, required: true, description: Image name; disk is asked for only while it is absent.}
   image_space_gib: {type: int, required: true, description: Free space the image needs, in GiB.}
   memory_gib: {type: int, required: true, description: "Memory in GiB; asked for while the engine does not run."}
@@ -57,6 +58,7 @@ EXAMPLES = r"""
     container_engine: docker
     container_engine_path: /usr/bin/docker
     container_name: glm-ocr
+    neighbours: [glm-ocr-1]
     image: quay.io/ascend/vllm-ascend:v0.18.0rc1
     image_space_gib: 40
     memory_gib: 16
@@ -193,6 +195,11 @@ def look_at_engine(arguments: Dict[str, Any]) -> Tuple[Optional[int], List[Findi
     return pid or None, findings
 
 
+def runs(engine: str, name: str) -> bool:
+    """Whether the container of that name runs."""
+    return run([engine, "container", "inspect", "--format", "{{.State.Running}}", name])[:2] == (0, "true")
+
+
 def look_at_npus(arguments: Dict[str, Any], own_pid: Optional[int]) -> List[Finding]:
     devices, needed = arguments["devices"], arguments["npus_needed"]
     mapped = host.card_numbers(devices)
@@ -274,10 +281,14 @@ def look(arguments: Dict[str, Any]) -> List[Finding]:
 
     meminfo = read("/proc/meminfo")
     if own_pid is None:
-        findings += host.check_host_memory(host.memory_bytes(meminfo, "MemAvailable"), arguments["memory_gib"])
+        # Those that are started after this one look now, too: what they need is not free for it.
+        waiting = [name for name in arguments["neighbours"] if not runs(arguments["container_engine"], name)]
+        available = host.memory_bytes(meminfo, "MemAvailable")
+        findings += host.check_host_memory(available, arguments["memory_gib"], 1 + len(waiting))
     findings += host.check_shm(arguments["shm_size"], host.memory_bytes(meminfo, "MemTotal"))
-    state, needed = arguments["state_path"], arguments["state_space_gib"]
-    what = "releases, caches and builds"
+    instances = 1 + len(arguments["neighbours"])
+    state, needed = arguments["state_path"], arguments["state_space_gib"] * instances
+    what = "releases, caches and builds" + (f" of {instances} instances" if instances > 1 else "")
     findings += host.check_space(what, state, free_bytes(state), needed, "ascend_host_state_space_gib")
     holders = [
         holder
@@ -294,6 +305,7 @@ def main() -> None:
             "container_engine": {"type": "str", "required": True, "choices": sorted(ENGINE_FORMAT)},
             "container_engine_path": {"type": "str", "required": True},
             "container_name": {"type": "str", "required": True},
+            "neighbours": {"type": "list", "elements": "str", "required": True},
             "image": {"type": "str", "required": True},
             "image_space_gib": {"type": "int", "required": True},
             "memory_gib": {"type": "int", "required": True},

@@ -152,14 +152,15 @@ def check_architecture(image: str, architecture: str, machine: str) -> List[Find
     ]
 
 
-def check_host_memory(available_bytes: int, needed_gib: int) -> List[Finding]:
-    """MemAvailable while our service does not run."""
-    if available_bytes >= needed_gib * 2**30:
+def check_host_memory(available_bytes: int, needed_gib: int, instances: int) -> List[Finding]:
+    """MemAvailable while our service, and as many as make ``instances``, do not run; each needs ``needed_gib``."""
+    if available_bytes >= needed_gib * instances * 2**30:
         return []
     return [
         Finding(
             "HOST_MEMORY",
-            f"{needed_gib} GiB of available memory",
+            f"{needed_gib * instances} GiB of available memory"
+            + (f" for {instances} instances" if instances > 1 else ""),
             f"{available_bytes / 2**30:.1f} GiB",
             "stop what else uses memory (`ps aux --sort=-rss | head`), or lower ascend_host_memory_gib",
             "停止占用内存的其他进程（`ps aux --sort=-rss | head`），或调低 ascend_host_memory_gib",

@@ -26,12 +26,12 @@ WATCHDOG_FINDINGS = {
     "blind": {
         "id": "WATCHDOG_BLIND",
         "expected": "a service that can be told busy from hung",
-        "fix": "journalctl -u glm-ocr-watchdog says what the service answers; ansible-playbook deploy.yml mends both",
+        "fix": "`journalctl -u 'glm-ocr*-watchdog'` says what it answers; ansible-playbook deploy.yml mends both",
     },
     "silent": {
         "id": "WATCHDOG_SILENT",
         "expected": f"a round of the watchdog within {SILENT_SECONDS} s",
-        "fix": "systemctl status glm-ocr-watchdog.timer says why; ansible-playbook deploy.yml starts it",
+        "fix": "`systemctl status 'glm-ocr*-watchdog.timer'` says why; ansible-playbook deploy.yml starts it",
     },
 }
 #: As systemd prints times with TZ=UTC: "Mon 2026-01-02 03:04:05 UTC".
