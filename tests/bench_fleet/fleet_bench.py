@@ -42,6 +42,9 @@ NETWORK, BEFORE_FIRST = "198.18.91", 100
 BATCH, STARTS = 4, 2
 #: What a node needs: its copy of the image, unpacked, and a dockerd.
 NODE_DISK_GB, NODE_MEMORY_MB = 3.0, 350
+#: What a node's systemd, dbus, agetty and containerd watch files with: 9 of them, and room. A kernel allows root 128.
+NODE_WATCHES = 16
+WATCHES = Path("/proc/sys/fs/inotify/max_user_instances")
 #: In which a measured run must end.
 RUN_SECONDS = 1800
 IMAGE = "registry.lab:5000/glm-ocr-lab/forwarding"
@@ -319,6 +322,17 @@ def remove_nodes() -> None:
 
 
 @contextmanager
+def watches(count: int) -> Iterator[None]:
+    """As many inotify instances as so many nodes more need; as before afterwards."""
+    before = WATCHES.read_text()
+    WATCHES.write_text(str(int(before) + count * NODE_WATCHES))
+    try:
+        yield
+    finally:
+        WATCHES.write_text(before)
+
+
+@contextmanager
 def nodes(folder: Path, count: int) -> Iterator[Bench]:
     """So many nodes that serve, and are gone afterwards."""
     remove_nodes()
@@ -381,7 +395,7 @@ def main() -> int:
     # A short name: the sockets of connections are in it.
     with tempfile.TemporaryDirectory(prefix="fleet-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         try:
-            with nodes(Path(folder), counts[-1]) as bench:
+            with watches(counts[-1]), nodes(Path(folder), counts[-1]) as bench:
                 complete = compare(bench, setting, arguments.output)
         except BenchError as error:
             print(error, file=sys.stderr)
