@@ -30,7 +30,7 @@ from types import FrameType
 
 import yaml
 
-from fleet_page import ARMS, DEPLOY, Run, Setting, executions, page, unwanted
+from fleet_page import ARMS, BY_HAND, DEPLOY, ONE_BATCH, Run, Setting, arms_of, executions, page, unwanted
 from lab import ENGINE, INVENTORY, LAB_STATE, NODE, lab_node, node_named
 from rendering import PROJECT, ROLES
 
@@ -217,11 +217,12 @@ class Bench:
         self.runs += 1
         folder = self.folder / f"r{self.runs}"
         (folder / "results").mkdir(parents=True)
-        command: list[str | Path]
-        if arm == DEPLOY:
-            command = [*self.play("deploy.yml", ":".join(names))]
-        else:
-            command = [HERE / "by_hand.sh", self.folder / "expected", folder / "results", *addresses]
+        deploy = self.play("deploy.yml", ":".join(names))
+        commands: dict[str, Sequence[str | Path]] = {
+            DEPLOY: deploy,
+            ONE_BATCH: [*deploy, "-e", json.dumps({"glm_ocr_rollout_batches": ["100%"]})],
+            BY_HAND: [HERE / "by_hand.sh", self.folder / "expected", folder / "results", *addresses],
+        }
         environment = {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
             "SSH_EXECUTIONS": str(folder / "executions"),
@@ -231,8 +232,10 @@ class Bench:
             "JOBS": str(forks()),
         }
         cost = folder / "cost.json"
-        status, output = run([sys.executable, HERE / "command_cost.py", cost, *command], folder / "log", environment)
-        problems = unwanted(output, names) if arm == DEPLOY else []
+        status, output = run(
+            [sys.executable, HERE / "command_cost.py", cost, *commands[arm]], folder / "log", environment
+        )
+        problems = [] if arm == BY_HAND else unwanted(output, names)
         if status != 0 or problems:
             raise BenchError("\n".join([f"{arm} over {count}: exit status {status}", *problems, tail(output)]))
         counted = executions((folder / "executions").read_text(), addresses)
@@ -362,7 +365,8 @@ def compare(bench: Bench, setting: Setting, output: Path) -> bool:
     failures: list[str] = []
     for number in range(setting.rounds):
         for count in setting.counts:
-            for arm in ARMS if number % 2 == 0 else reversed(ARMS):
+            arms = arms_of(count, setting.counts)
+            for arm in arms if number % 2 == 0 else reversed(arms):
                 try:
                     run = bench.measure(arm, count)
                 except BenchError as error:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import fleet_bench
-from fleet_page import BY_HAND, DEPLOY, Run, Setting, executions, page, recap, unwanted
+from fleet_page import BY_HAND, DEPLOY, ONE_BATCH, Run, Setting, executions, page, recap, unwanted
 from rendering import PROJECT, ROLES
 
 BENCH = PROJECT / "tests" / "bench_fleet"
@@ -33,7 +33,7 @@ bench02                    : ok=90   changed={changed}    unreachable=0    faile
 
 def runs(deploy: float, by_hand: float) -> list[Run]:
     """Three rounds; the wall time at 16 hosts is given, that of one is 10 and 4 s."""
-    walls = {(DEPLOY, 1): 10.0, (BY_HAND, 1): 4.0, (DEPLOY, 16): deploy, (BY_HAND, 16): by_hand}
+    walls = {(DEPLOY, 1): 10.0, (BY_HAND, 1): 4.0, (DEPLOY, 16): deploy, (BY_HAND, 16): by_hand, (ONE_BATCH, 16): 20.0}
     return [
         Run(arm, hosts, wall + number, wall / 2, 80.0, 90.0 * hosts, (17,) * hosts)
         for number in (-1, 0, 1)
@@ -49,6 +49,7 @@ def test_the_page_says_what_was_measured_and_whether_it_is_what_is_wanted() -> N
     assert "| 80 (80 to 80) | 1440 (1440 to 1440) | 17.0 (17.0 to 17.0) |" in text
     assert "- One host more, from 1 to 16, deploy.yml: 1.33 s of wall time, 0.67 s of CPU." in text
     assert "- 16 hosts: 2.0 times the wall time by hand, 2.0 times the CPU." in text
+    assert "| 16 | deploy.yml, one batch | 3 | 20.0 (19.0 to 21.0) |" in text
     for words in ("2026-01-02 03:04 UTC, 2 cores", "of\n3 runs", "Both have 20 hosts at a time"):
         assert words in text
     assert "Fewer than" not in text
@@ -359,3 +360,77 @@ def test_by_hand_one_at_a_time_and_every_host_is_checked(host: HandChecked) -> N
         other.terminate()
     assert status == 1
     assert any("somebody else works on it" in line for line in lines), lines
+
+
+# --- the rounds ---
+
+PLAYBOOK = """#!/bin/sh
+while [ "$1" != -l ]; do shift; done
+echo 'PLAY RECAP *****'
+for host in $(echo "$2" | tr : ' '); do
+  ssh "198.18.91.1${host#bench}" true && sftp -b - "[198.18.91.1${host#bench}]"
+  echo "$host : ok=9 changed=$(cat "$HOST/changed") unreachable=0 failed=0"
+done
+"""
+CONNECTION = """#!/bin/sh
+case "$*" in *' cat '*) printf '{\\n  "verdict": "PASS"\\n}\\n' ;; esac
+"""
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fleet_bench.Bench:
+    """Two nodes that are stand-ins: whoever asks them is told that all is well, and that `changed` things changed."""
+    (tmp_path / "there").mkdir()
+    programs = {"ansible-playbook": PLAYBOOK, "ssh": CONNECTION, "sftp": CONNECTION}
+    for name, text in programs.items():
+        path = tmp_path / "there" / name
+        path.write_text(text)
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/there:{os.environ['PATH']}")
+    monkeypatch.setenv("HOST", str(tmp_path))
+    (tmp_path / "changed").write_text("0")
+    made = fleet_bench.Bench(tmp_path, fleet_bench.names_of(2))
+    made.write_inventory()
+    made.write_counting()
+    (tmp_path / "expected").mkdir()
+    (tmp_path / "expected" / "values").write_text(fleet_bench.values("image:1", IMAGE_ID, "amd64", RELEASE))
+    for name in ("files.sha256", "weights.sha256"):
+        (tmp_path / "expected" / name).write_text("")
+    return made
+
+
+def test_each_round_measures_all_and_is_on_the_page(bench: fleet_bench.Bench, tmp_path: Path) -> None:
+    output = tmp_path / "page.md"
+    assert fleet_bench.compare(bench, replace(SETTING, counts=(1, 2), rounds=2), output)
+    rows = [line.split(" | ") for line in output.read_text().splitlines() if re.match(r"\| \d+ \| (deploy|by)", line)]
+    assert [row[:3] for row in rows] == [
+        ["| 1", "deploy.yml", "2"],
+        ["| 1", "by hand", "2"],
+        ["| 2", "deploy.yml", "2"],
+        ["| 2", "by hand", "2"],
+        ["| 2", "deploy.yml, one batch", "2"],
+    ]
+    assert {row[-1] for row in rows} == {"2.0 (2.0 to 2.0) |"}
+
+
+def test_a_run_that_changed_something_is_no_sample_and_is_told(
+    bench: fleet_bench.Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "page.md"
+    setting = replace(SETTING, counts=(2,), rounds=1)
+    (tmp_path / "changed").write_text("3")
+    with pytest.raises(fleet_bench.BenchError, match="bench02: changed=3"):
+        fleet_bench.compare(bench, setting, output)
+    assert not output.exists(), "the warm-up found the hosts as they should not be"
+
+    # Two runs warm up; what is measured then changes something.
+    (tmp_path / "changed").unlink()
+    (tmp_path / "there" / "ansible-playbook").write_text(
+        PLAYBOOK.replace('$(cat "$HOST/changed")', '$(test -d "$HOST/r4"; echo $((1 - $?)))')
+    )
+    assert not fleet_bench.compare(bench, setting, output)
+    text = output.read_text()
+    assert "- deploy.yml over 2: exit status 0" in text
+    assert "| 2 | deploy.yml | 0 | - |" in text
+    assert "| 2 | by hand | 1 |" in text
+    assert "bench02: changed=1" in capsys.readouterr().out
