@@ -136,36 +136,23 @@ class Bench:
     # --- the nodes ---
 
     def write_inventory(self) -> None:
-        hosts = {name: {"ansible_host": address_of(name)} for name in self.names}
         choices = {"glm_ocr_image": self.image, "glm_ocr_reports_dir": str(self.folder / "reports")}
-        groups = {"lab_nodes": {"children": {"bench": {"hosts": hosts, "vars": choices}}}}
-        (self.folder / "bench.yml").write_text(yaml.safe_dump({"lab": {"children": groups}}))
+        # The hosts' own: files of group_vars win over a group's variables here.
+        hosts = {name: {"ansible_host": address_of(name), **choices} for name in self.names}
+        (self.folder / "bench.yml").write_text(yaml.safe_dump({"lab": {"children": {"lab_nodes": {"hosts": hosts}}}}))
 
     def ssh_config(self, folder: Path) -> Path:
         """As an operator has it in ~/.ssh/config: one connection a host, kept open."""
         keys, path = LAB_STATE / "ssh", folder / "ssh_config"
-        lines = [
-            "User root",
-            f"IdentityFile {keys}/id_ed25519",
-            "IdentitiesOnly yes",
-            f"UserKnownHostsFile {keys}/known_hosts",
-        ]
-        lines += ["ControlMaster auto", f"ControlPath {folder}/%C", "ControlPersist 60s", "LogLevel ERROR"]
+        lines = ["User root", f"IdentityFile {keys}/id_ed25519", "IdentitiesOnly yes"]
+        lines += [f"UserKnownHostsFile {keys}/known_hosts", "LogLevel ERROR"]
+        lines += ["ControlMaster auto", f"ControlPath {folder}/%C", "ControlPersist 60s"]
         path.write_text("\n".join([*lines, ""]))
         return path
 
     def play(self, playbook: str, limit: str, *more: str) -> list[str]:
-        return [
-            "ansible-playbook",
-            "-i",
-            str(INVENTORY),
-            "-i",
-            str(self.folder / "bench.yml"),
-            playbook,
-            "-l",
-            limit,
-            *more,
-        ]
+        inventories = ["-i", str(INVENTORY), "-i", str(self.folder / "bench.yml")]
+        return ["ansible-playbook", *inventories, playbook, "-l", limit, *more]
 
     def prepare(self, command: Sequence[str | Path]) -> str:
         """What is not measured, and must succeed."""
@@ -237,7 +224,8 @@ class Bench:
         )
         problems = [] if arm == BY_HAND else unwanted(output, names)
         if status != 0 or problems:
-            raise BenchError("\n".join([f"{arm} over {count}: exit status {status}", *problems, tail(output)]))
+            found = ", ".join([*([f"exit status {status}"] if status else []), *problems])
+            raise BenchError(f"{arm} over {count}: {found}\n{tail(output)}")
         counted = executions((folder / "executions").read_text(), addresses)
         return Run(arm, count, **measured(cost), executions=counted)
 

@@ -17,6 +17,9 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
+from ansible.inventory.manager import InventoryManager
+from ansible.parsing.dataloader import DataLoader
+from ansible.vars.manager import VariableManager
 
 import fleet_bench
 from fleet_page import BY_HAND, DEPLOY, ONE_BATCH, Run, Setting, executions, page, recap, unwanted
@@ -399,6 +402,20 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> fleet_bench.Bench:
     return made
 
 
+def test_the_nodes_serve_the_forwarding_image_and_are_the_labs_in_all_else(bench: fleet_bench.Bench) -> None:
+    bench.image = "registry.lab:5000/forwarding:1"
+    bench.write_inventory()
+    loader = DataLoader()
+    inventory = InventoryManager(loader, sources=[str(PROJECT / "inventory/lab"), str(bench.folder / "bench.yml")])
+    manager = VariableManager(loader, inventory)
+    seen = {name: manager.get_vars(host=inventory.get_host(name)) for name in ("bench02", "node1")}
+    assert seen["bench02"]["glm_ocr_image"] == bench.image
+    assert seen["node1"]["glm_ocr_image"] != bench.image
+    assert seen["bench02"]["ansible_host"] == "198.18.91.102"
+    for name in ("ascend_host_image_space_gib", "glm_ocr_devices", "vllm_weights_manifest", "glm_ocr_exposure"):
+        assert seen["bench02"][name] == seen["node1"][name]
+
+
 def test_each_round_measures_all_and_is_on_the_page(bench: fleet_bench.Bench, tmp_path: Path) -> None:
     output = tmp_path / "page.md"
     assert fleet_bench.compare(bench, replace(SETTING, counts=(1, 2), rounds=2), output)
@@ -430,7 +447,7 @@ def test_a_run_that_changed_something_is_no_sample_and_is_told(
     )
     assert not fleet_bench.compare(bench, setting, output)
     text = output.read_text()
-    assert "- deploy.yml over 2: exit status 0" in text
+    assert "- deploy.yml over 2: bench01: changed=1, bench02: changed=1" in text
     assert "| 2 | deploy.yml | 0 | - |" in text
     assert "| 2 | by hand | 1 |" in text
     assert "bench02: changed=1" in capsys.readouterr().out
