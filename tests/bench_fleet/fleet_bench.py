@@ -30,7 +30,7 @@ from types import FrameType
 
 import yaml
 
-from fleet_page import ARMS, BY_HAND, DEPLOY, ONE_BATCH, Run, Setting, arms_of, executions, page, unwanted
+from fleet_page import ARMS, BY_HAND, DEPLOY, Run, Setting, executions, page, unwanted
 from lab import ENGINE, INVENTORY, LAB_STATE, NODE, lab_node, node_named
 from rendering import PROJECT, ROLES
 
@@ -204,10 +204,8 @@ class Bench:
         self.runs += 1
         folder = self.folder / f"r{self.runs}"
         (folder / "results").mkdir(parents=True)
-        deploy = self.play("deploy.yml", ":".join(names))
         commands: dict[str, Sequence[str | Path]] = {
-            DEPLOY: deploy,
-            ONE_BATCH: [*deploy, "-e", json.dumps({"glm_ocr_rollout_batches": ["100%"]})],
+            DEPLOY: self.play("deploy.yml", ":".join(names)),
             BY_HAND: [HERE / "by_hand.sh", self.folder / "expected", folder / "results", *addresses],
         }
         environment = {
@@ -353,8 +351,7 @@ def compare(bench: Bench, setting: Setting, output: Path) -> bool:
     failures: list[str] = []
     for number in range(setting.rounds):
         for count in setting.counts:
-            arms = arms_of(count, setting.counts)
-            for arm in arms if number % 2 == 0 else reversed(arms):
+            for arm in ARMS if number % 2 == 0 else reversed(ARMS):
                 try:
                     run = bench.measure(arm, count)
                 except BenchError as error:

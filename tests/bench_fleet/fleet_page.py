@@ -11,8 +11,6 @@ from dataclasses import dataclass
 NONE = "-"
 DEPLOY, BY_HAND = "deploy.yml", "by hand"
 ARMS = (DEPLOY, BY_HAND)
-#: What the batches cost: measured for the largest number of hosts, and not judged.
-ONE_BATCH = "deploy.yml, one batch"
 FEWEST, MOST = 1, 16
 #: Wanted: the wall time at MOST hosts over that at FEWEST, and the cost of a host over that by hand.
 TIMES_WANTED, RATIO_WANTED = 3.0, 2.0
@@ -75,10 +73,6 @@ def executions(log: str, addresses: Iterable[str]) -> tuple[int, ...]:
     return tuple(counted[address] for address in addresses)
 
 
-def arms_of(hosts: int, counts: Sequence[int]) -> tuple[str, ...]:
-    return (*ARMS, ONE_BATCH) if hosts == max(counts) > 1 else ARMS
-
-
 class Figures:
     """The runs, by arm and number of hosts."""
 
@@ -128,7 +122,7 @@ def met(value: float, wanted: float) -> str:
 
 def page(setting: Setting, runs: Sequence[Run]) -> str:
     figures = Figures(runs)
-    samples = [len(figures.of(arm, hosts, wall)) for hosts in setting.counts for arm in arms_of(hosts, setting.counts)]
+    samples = [len(figures.of(arm, hosts, wall)) for arm in ARMS for hosts in setting.counts]
     return "\n".join(
         [
             HEAD.format(
@@ -175,7 +169,7 @@ def measured(figures: Figures, counts: Sequence[int]) -> list[str]:
     }
     lines = ["## Measured", "", f"| hosts | | runs | {' | '.join(columns)} |", f"|---|---|---|{'---|' * len(columns)}"]
     for hosts in counts:
-        for arm in arms_of(hosts, counts):
+        for arm in ARMS:
             shown = [figures.shown(arm, hosts, figure, digits) for figure, digits in columns.values()]
             lines.append(f"| {hosts} | {arm} | {len(figures.of(arm, hosts, wall))} | {' | '.join(shown)} |")
     return lines
@@ -222,14 +216,13 @@ METHOD = """## What was measured
   them. Memory is resident, sampled four times a second: the largest process, and all together, where pages that forks
   share count once for each.
 - SSH executions are calls of ssh, scp and sftp that name the host. Both keep one connection a host for the run and
-  begin without. Both have {forks} hosts at a time; the deployment has its own batches besides, one host and then a
-  quarter at a time. *One batch* is the deployment with `glm_ocr_rollout_batches: ["100%"]`: what the batches cost.
+  begin without. Both have {forks} hosts at a time: the deployment too, for it finds that no engine is to restart.
 - By hand, on each host: a lock; clock, Python, systemd, disk, memory; Docker; devices, driver files and driver
   version; npu-smi: health, processes, memory; the image's id; checksums and modes of unit and environment, checksums
   of tools and scripts; the unit's state; the container's image, release and age; who holds the port; weights and
   driver files by stat, read again when something moved; one token generated; the smoke in a helper container, and its
   JSON fetched.
-- By hand leaves out: one host first, then batches; the checks of the inventory; the model's headers and the driver's
-  PCI devices; the pages of the report, of each host and of the fleet; what to do about a finding; and putting right
-  what is wrong.
+- By hand leaves out: batches for those whose engine would restart; the checks of the inventory; the model's headers
+  and the driver's PCI devices; the pages of the report, of each host and of the fleet; what to do about a finding; and
+  putting right what is wrong.
 """

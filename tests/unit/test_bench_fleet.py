@@ -22,7 +22,7 @@ from ansible.parsing.dataloader import DataLoader
 from ansible.vars.manager import VariableManager
 
 import fleet_bench
-from fleet_page import BY_HAND, DEPLOY, ONE_BATCH, Run, Setting, executions, page, recap, unwanted
+from fleet_page import BY_HAND, DEPLOY, Run, Setting, executions, page, recap, unwanted
 from rendering import PROJECT, ROLES
 
 BENCH = PROJECT / "tests" / "bench_fleet"
@@ -36,7 +36,7 @@ bench02                    : ok=90   changed={changed}    unreachable=0    faile
 
 def runs(deploy: float, by_hand: float) -> list[Run]:
     """Three rounds; the wall time at 16 hosts is given, that of one is 10 and 4 s."""
-    walls = {(DEPLOY, 1): 10.0, (BY_HAND, 1): 4.0, (DEPLOY, 16): deploy, (BY_HAND, 16): by_hand, (ONE_BATCH, 16): 20.0}
+    walls = {(DEPLOY, 1): 10.0, (BY_HAND, 1): 4.0, (DEPLOY, 16): deploy, (BY_HAND, 16): by_hand}
     return [
         Run(arm, hosts, wall + number, wall / 2, 80.0, 90.0 * hosts, (17,) * hosts)
         for number in (-1, 0, 1)
@@ -52,7 +52,6 @@ def test_the_page_says_what_was_measured_and_whether_it_is_what_is_wanted() -> N
     assert "| 80 (80 to 80) | 1440 (1440 to 1440) | 17.0 (17.0 to 17.0) |" in text
     assert "- One host more, from 1 to 16, deploy.yml: 1.33 s of wall time, 0.67 s of CPU." in text
     assert "- 16 hosts: 2.0 times the wall time by hand, 2.0 times the CPU." in text
-    assert "| 16 | deploy.yml, one batch | 3 | 20.0 (19.0 to 21.0) |" in text
     for words in ("2026-01-02 03:04 UTC, 2 cores", "of\n3 runs", "Both have 20 hosts at a time"):
         assert words in text
     assert "Fewer than" not in text
@@ -425,7 +424,6 @@ def test_each_round_measures_all_and_is_on_the_page(bench: fleet_bench.Bench, tm
         ["| 1", "by hand", "2"],
         ["| 2", "deploy.yml", "2"],
         ["| 2", "by hand", "2"],
-        ["| 2", "deploy.yml, one batch", "2"],
     ]
     assert {row[-1] for row in rows} == {"2.0 (2.0 to 2.0) |"}
 
