@@ -215,6 +215,8 @@ class Bench:
             "ANSIBLE_SSH_CONTROL_PATH_DIR": str(folder),
             "SSH_CONFIG": str(self.ssh_config(folder)),
             "JOBS": str(forks()),
+            "ANSIBLE_NOCOLOR": "1",
+            "ANSIBLE_FORCE_COLOR": "0",
         }
         cost = folder / "cost.json"
         status, output = run(
