@@ -85,6 +85,9 @@ bench-guard: .venv/dev  ## what front and guard cost beside exposure direct, int
 	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
 	PYTHONPATH=files/guard:files/scripts:roles/ocr_front/files:roles/vllm_service/files:tests/support python tests/bench_guard/measure.py
 
+bench-fleet: lab  ## what a deploy that changes nothing costs for 1 to 16 hosts, in the lab, into docs/bench-fleet.md (1 h, 48 GB of disk); FLEET="--nodes 1,2"
+	PYTHONPATH=roles/ocr_front/files:roles/vllm_service/files:tests/support:tests/bench_fleet python tests/bench_fleet/fleet_bench.py $(FLEET)
+
 # All that the lab needs of this machine, before anything is installed.
 machine:
 	@.ci/bootstrap lab
@@ -96,4 +99,4 @@ browser: .venv/dev
 .venv/dev: requirements.txt requirements-dev.txt
 	@.ci/bootstrap
 
-.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery fleet test-browser screenshots lab clean bench-peers bench-guard fault-table exposure-table machine browser test-monitoring
+.PHONY: help demo test static lint test-fast test-front test-lab test-long soak recovery fleet test-browser screenshots lab clean bench-peers bench-guard bench-fleet fault-table exposure-table machine browser test-monitoring

@@ -11,6 +11,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 for folder in (
     PROJECT / "tests" / "support",
     PROJECT / "tests" / "faults",
+    PROJECT / "tests" / "bench_fleet",
     PROJECT / "files" / "scripts",
     PROJECT / "files" / "guard",
     *PROJECT.glob("roles/*/library"),

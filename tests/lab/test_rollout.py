@@ -60,5 +60,6 @@ def test_a_host_lost_halfway_harms_no_other_and_a_rerun_resumes(others: list[Hos
     rerun = play("deploy.yml", **two, **wanted)
     assert rerun.rc == 0, rerun.failures
     assert lost.service("glm-ocr").is_running
-    again = play("deploy.yml", **two, **wanted)
+    again = play("deploy.yml", **two, **wanted | {"glm_ocr_rollout_batches": [1]})
     assert (again.rc, again.changed) == (0, 0), again.failures
+    assert again.stdout.count("PLAY [Deploy GLM-OCR]") == 1, "engines that go on as they are need no batches"

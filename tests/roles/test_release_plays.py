@@ -6,10 +6,11 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ class Host:
             (self.folder / path).write_text(text)
             (self.folder / path).chmod(mode)
 
-    def play(self, playbook: str, *options: str, **variables: Any) -> Played:
+    def play(self, playbook: str, *options: str, hosts: Sequence[str] = ("npu-01",), **variables: Any) -> Played:
         given = {
             "__vllm_service_unit": str(self.folder / "unit"),
             "__vllm_service_environment_file": str(self.folder / "env"),
@@ -80,7 +81,7 @@ class Host:
             "vllm_weights_manifest": str(NANO_MANIFEST),
             **variables,
         }
-        return play(self.folder, playbook, {"npu-01": HERE}, "-e", json.dumps(given), *options)
+        return play(self.folder, playbook, dict.fromkeys(hosts, HERE), "-e", json.dumps(given), *options)
 
     def rescued(self, *block: dict[str, Any], check: bool = False, **variables: Any) -> Played:
         """A deployment that fails in ``block``, and puts the last good release back."""
@@ -276,6 +277,75 @@ def test_a_drain_closes_the_engine_to_the_front_first(host: Host, tmp_path: Path
     assert played.rc == 0
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(host.calls("systemctl stop glm-ocr")) == 1
+
+
+# --- the rollout ------------------------------------------------------------------------------------------
+
+
+def told_apart(host: Host, hosts: Sequence[str] = ("npu-01", "npu-02"), **variables: Any) -> str:
+    """The hosts whose engine would go on as it is, as the deployment tells them apart."""
+    _, look, _ = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
+    told = {"ansible.builtin.debug": {"msg": "settled: {{ groups.glm_ocr_settled | default([]) | join(' ') }}."}}
+    tell = {"hosts": "ascend910", "gather_facts": False, "tasks": [{**told, "run_once": True}]}
+    path = host.folder / "look.yml"
+    path.write_text(yaml.safe_dump([look, tell]))
+    given = {"__vllm_service_release": NEW, "vllm_weights_fingerprint": "of the preflight", **variables}
+    played = host.play(str(path), hosts=hosts, **given)
+    assert played.rc == 0
+    assert played.recap("npu-01")["changed"] == 0
+    assert not [call for call in host.calls("systemctl") if not call.startswith("systemctl show")]
+    (settled,) = re.findall(r"settled: (.*?)\.", played.output)
+    return " ".join(sorted(settled.split()))
+
+
+def edit(host: Host) -> None:
+    with (host.folder / "env").open("a") as file:
+        file.write("B=2\n")
+
+
+def owe(host: Host) -> None:
+    os.utime(host.folder / "env", (4e9, 4e9))
+
+
+def end(host: Host) -> None:
+    (host.folder / "container.json").unlink()
+
+
+def prove_another(host: Host) -> None:
+    os.utime(host.store.path(OLD, "good"), (9, 9))
+
+
+def nothing(_: Host) -> None:
+    pass
+
+
+def test_hosts_whose_engine_goes_on_as_it_is_go_at_once(host: Host) -> None:
+    assert told_apart(host) == "npu-01 npu-02"
+
+
+@pytest.mark.parametrize(
+    ("befell", "wanted"),
+    [
+        (edit, {}),
+        (owe, {}),
+        (end, {}),
+        (prove_another, {}),
+        (nothing, {"__vllm_service_release": OLD}),
+        (nothing, {"__vllm_service_release": "c" * 16}),
+        (nothing, {"vllm_image_pull": "always"}),
+        (nothing, {"vllm_image_expected_digest": "sha256:" + "d" * 64}),
+    ],
+)
+def test_a_host_whose_engine_would_restart_is_not_among_those_that_go_at_once(
+    befell: Callable[[Host], None], wanted: dict[str, str], host: Host
+) -> None:
+    befell(host)
+    assert told_apart(host, **wanted) == ""
+
+
+def test_one_host_alone_is_not_asked(host: Host) -> None:
+    assert told_apart(host, hosts=["npu-01"]) == ""
+    assert host.calls() == []
 
 
 # --- the gateway ------------------------------------------------------------------------------------------

@@ -146,8 +146,14 @@ def test_a_failure_of_one_half_is_the_commands_and_told(failing: str, clone: Pat
         assert f"{failing.split()[0]} does not pass" in "".join(output.splitlines(keepends=True)[-5:])
 
 
-def test_the_guards_bench_finds_its_modules() -> None:
+@pytest.mark.parametrize(
+    ("script", "modules"),
+    [
+        ("bench_guard/measure.py", "bench_workload, front, guard_inputs, request_guard.middleware"),
+        ("bench_fleet/fleet_bench.py", "fleet_bench"),
+    ],
+)
+def test_a_bench_finds_its_modules(script: str, modules: str) -> None:
     """It runs without pytest's path, and nobody runs it often."""
-    (path,) = re.findall(r"PYTHONPATH=(\S+) python tests/bench_guard/measure.py", (PROJECT / "Makefile").read_text())
-    modules = "import bench_workload, front, guard_inputs, request_guard.middleware"
-    subprocess.run([sys.executable, "-c", modules], cwd=PROJECT, env={"PYTHONPATH": path}, check=True)
+    (path,) = re.findall(rf"PYTHONPATH=(\S+) python tests/{script}", (PROJECT / "Makefile").read_text())
+    subprocess.run([sys.executable, "-c", f"import {modules}"], cwd=PROJECT, env={"PYTHONPATH": path}, check=True)
