@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fake_gateway import admin
 from front import KEYS, USER, running, serving
 from playing import HERE, Played, installed_scripts, play, stub
 from rendering import PROJECT
@@ -208,8 +209,10 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
     inner = {
         "__gateway_dir": str(host.folder / "etc"),
         "__gateway_states_dir": str(host.folder / "var"),
-        "__ocr_front_dir": str(host.folder / "etc"),
-        "__ocr_front_unit": str(host.folder / "front.service"),
+        "__gateway_socket": str(host.folder / "admin.sock"),
+        # Not those of the unit for a shared address, which is removed: there is none.
+        "__ocr_front_dir": f"{host.folder}/{{{{ 'none' if '-address' in __ocr_front_service else 'etc' }}}}",
+        "__ocr_front_unit": f"{host.folder}/{{{{ 'none' if '-address' in __ocr_front_service else 'front' }}}}.service",
         "__ocr_front_loaded": str(host.folder / "loaded"),
         "__ocr_front_started": str(host.folder / "started"),
         "__deploy_lock_path": str(host.folder / "lock"),
@@ -227,15 +230,22 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
     key = host.folder / "etc" / "instances.key"
     assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
     assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
-    again = bring()
-    assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
-    instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
-    instances["npu-02-1"] = instances["npu-02"] | {"glm_ocr_instance": 1}
-    assert bring().rc == 0
+    with admin(host.folder / "admin.sock", host.folder / "orders", ["npu-01", "npu-09"]) as states:
+        again = bring()
+        assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
+        # Drained, one of them taken out of the inventory since.
+        states.update({"npu-01": 8, "npu-09": 8})
+        instances["npu-01"]["glm_ocr_port"] = 8005
+        instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
+        instances["npu-02-1"] = instances["npu-02"] | {"glm_ocr_instance": 1}
+        assert bring().rc == 0
     assert host.calls() == ["start", "reload"]
     configuration = (host.folder / "etc" / "haproxy.cfg").read_text()
     assert "server npu-02 192.0.2.12:8000" in configuration
     assert "server npu-02-1 192.0.2.12:8001" in configuration
+    (drained,) = (host.folder / "var" / "servers").read_text().splitlines()[2:]
+    assert " npu-01 - 2 8 " in drained
+    assert drained.endswith(" 8005 -")
 
 
 def test_a_pool_that_cannot_be_rendered_stops_before_the_lock(host: Host) -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import fleet as fleets
+import gateway_pool
 from fleet import INTERNAL_KEY, NAMES, fleet, load
-from front import KEYS, answer
+from front import KEYS, SECONDS, Front, answer
 from ledger import Ledger
+
+#: Any authority does: nothing here speaks TLS.
+DISTRIBUTION_CA = "/etc/ssl/certs/ca-certificates.crt"
 
 
 def refused(books: list[Ledger]) -> int:
@@ -186,6 +195,139 @@ def test_one_that_leaves_is_not_asked_and_the_pool_may_change_around_it() -> Non
             new.kill()
 
 
+def test_a_host_that_left_and_comes_back_serves() -> None:
+    with fleet() as (gateway, _):
+        gateway.pool("npu-03", "removed")
+        left = gateway.instances.pop("npu-03")
+        gateway.reload()
+        gateway.instances["npu-03"] = left
+        gateway.reload()
+        gateway.until(lambda: gateway.pool("npu-03")["serves"])
+
+
+def test_what_was_drained_is_asked_where_and_how_the_configuration_says() -> None:
+    moved = fleets.Instance()
+    moved.start()
+    try:
+        with fleet() as (gateway, instances):
+            gateway.pool("npu-02", "drained")
+            gateway.instances["npu-02"] = moved
+            gateway.reload()
+            gateway.until(lambda: gateway.pool("npu-02")["status"] == "DRAIN L7OK 200")
+            instances["npu-02"].kill()
+            assert gateway.column("npu-02", "srv_port") == str(moved.port)
+            assert gateway.pool("npu-02", "ready")["serves"]
+            instances["npu-02"].start()
+            gateway.pool("npu-02", "drained")
+            gateway.given["gateway_instances_ca"] = gateway.given["__gateway_ca"] = DISTRIBUTION_CA
+            gateway.reload()
+            assert (gateway.column("npu-02", "srv_use_ssl"), gateway.pool("npu-02")["found"]) == ("1", "drained")
+    finally:
+        moved.kill()
+
+
+def test_what_is_decided_while_haproxy_is_down_holds_when_it_is_up() -> None:
+    with fleet() as (gateway, _):
+        gateway.pool("npu-01", "drained")
+        gateway.end()
+        ready = gateway.pool("npu-01", "ready")
+        drained = gateway.pool("npu-02", "drained")
+        for told in (ready, drained):
+            assert (told["runs"], told["member"], told["changed"], told["in_flight"]) == (False, True, True, 0)
+        assert not gateway.pool("npu-02", "drained")["changed"]
+        assert not gateway.pool("npu-04", "drained")["member"]
+        gateway.start()
+        gateway.until(lambda: gateway.pool("npu-01")["serves"])
+        assert "DRAIN" in gateway.pool("npu-02")["status"]
+
+
+def test_a_haproxy_that_starts_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def unit_state(service: str) -> str:
+        asked.set()
+        return "activating"
+
+    with fleet() as (gateway, _), ThreadPoolExecutor() as beside:
+        gateway.pool("npu-01", "drained")
+        gateway.end()
+        monkeypatch.setattr(gateway_pool, "unit_state", unit_state)
+        told = beside.submit(gateway.pool, "npu-01", "ready")
+        assert asked.wait(SECONDS)
+        # systemd does it again, not the role.
+        monkeypatch.setattr(gateway, "write", lambda: Front.write(gateway))
+        gateway.start()
+        assert (told.result()["runs"], told.result()["serves"]) == (True, True)
+
+
+def test_a_haproxy_that_never_comes_up_is_told_by_its_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gateway_pool, "START_SECONDS", 0.5)
+    with fleet() as (gateway, _):
+        gateway.pool("npu-01", "drained")
+        gateway.end()
+        monkeypatch.setattr(gateway_pool, "unit_state", lambda _: "activating")
+        assert not gateway.pool("npu-01", "ready")["runs"]
+        monkeypatch.setattr(gateway_pool, "unit_state", lambda _: "active")
+        with pytest.raises(gateway_pool.Problem, match=r"expected an answer within 0.5 s.*is active"):
+            gateway.pool("npu-01", "ready")
+        monkeypatch.undo()
+        gateway.start()
+        gateway.until(lambda: gateway.pool("npu-01")["serves"])
+
+
+def test_of_two_that_are_drained_at_once_one_stays_when_one_must(monkeypatch: pytest.MonkeyPatch) -> None:
+    look, both = gateway_pool.look, threading.Barrier(2)
+
+    def looks_together(options: dict[str, Any]) -> gateway_pool.Pool:
+        pool = look(options)
+        # Without a lock both have looked before one is ordered; with one the other never comes.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(1)
+        return pool
+
+    with fleet() as (gateway, _), ThreadPoolExecutor() as beside:
+        gateway.pool("npu-03", "drained")
+        monkeypatch.setattr(gateway_pool, "look", looks_together)
+        asked = [beside.submit(gateway.pool, name, "drained", min_others=1) for name in ("npu-01", "npu-02")]
+        assert sorted(told.result()["bare"] for told in asked) == [False, True]
+        assert sorted(told.result()["serves"] for told in asked) == [False, True]
+
+
+def test_an_order_that_nobody_heard_is_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = gateway_pool.order
+    given: list[str] = []
+    written: list[str] = []
+
+    def heard_the_second_time(path: str, command: str) -> None:
+        written.append(Path(gateway.pool_at["states"]).read_text())
+        given.append(command)
+        if len(given) > 1:
+            order(path, command)
+
+    with fleet() as (gateway, _):
+        monkeypatch.setattr(gateway_pool, "order", heard_the_second_time)
+        assert not gateway.pool("npu-01", "drained")["serves"]
+        assert given == ["set server engine/npu-01 state drain"] * 2
+        assert " npu-01 " in written[0], "a HAProxy that starts before the order would not know"
+        monkeypatch.setattr(gateway_pool, "order", lambda *_: None)
+        with pytest.raises(gateway_pool.Problem, match="expected npu-02 drained, found it ready"):
+            gateway.pool("npu-02", "drained", timeout=0.5)
+
+
+def test_a_drain_that_is_undone_while_it_waits_is_ordered_again() -> None:
+    with fleet() as (gateway, instances), gateway.connect() as connection, ThreadPoolExecutor() as beside:
+        connection.sendall(gateway.post(b'{"hold":true}'))
+        gateway.until(lambda: any(instance.begun for instance in instances.values()))
+        (name,) = [name for name, instance in instances.items() if instance.begun]
+        told = beside.submit(gateway.pool, name, "drained")
+        gateway.until(lambda: gateway.pool(name)["found"] == "drained")
+        gateway_pool.order(gateway.pool_at["socket"], f"set server engine/{name} state ready")
+        gateway.until(lambda: gateway.pool(name)["found"] == "drained")
+        instances[name].release.set()
+        assert (told.result()["in_flight"], told.result()["serves"], told.result()["found"]) == (0, False, "ready")
+        assert answer(connection).status == 200
+
+
 def test_the_instance_with_the_fewest_requests_gets_the_next() -> None:
     with fleet() as (gateway, instances), gateway.connect() as first, gateway.connect() as second:
         for connection in (first, second):
@@ -262,10 +404,3 @@ def test_when_nobody_serves_clients_are_told_to_come_back_at_once() -> None:
         assert (told.status, told.headers["retry-after"]) == (503, "9")
         for instance in instances.values():
             instance.start()
-
-
-def test_a_gateway_that_does_not_run_has_nothing_in_flight() -> None:
-    with fleet() as (gateway, _):
-        gateway.stop()
-        told = gateway.pool("npu-01", "drained")
-    assert (told["runs"], told["member"], told["in_flight"]) == (False, False, 0)

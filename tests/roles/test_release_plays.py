@@ -3,6 +3,7 @@ whose systemd and Docker are stand-ins."""
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
@@ -21,12 +22,14 @@ from ansible.module_utils.releases import Store
 from ansible.module_utils.weights_manifest import fingerprint, list_files
 
 import fake_host
-from fake_gateway import admin
+from fake_gateway import admin, configuration
 from model_files import NANO, NANO_MANIFEST, flip, sha256
 from playing import HERE, Played, play
 from rendering import PROJECT
 
 OLD, NEW = "a" * 16, "b" * 16
+#: As ssh writes a public key: the lengths of its parts before them.
+SSH_KEY = b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32
 
 
 class Host:
@@ -72,16 +75,26 @@ class Host:
             (self.folder / path).write_text(text)
             (self.folder / path).chmod(mode)
 
-    def play(self, playbook: str, *options: str, hosts: Sequence[str] = ("npu-01",), **variables: Any) -> Played:
-        given = {
+    @property
+    def inner(self) -> dict[str, Any]:
+        return {
             "__vllm_service_unit": str(self.folder / "unit"),
             "__vllm_service_environment_file": str(self.folder / "env"),
             "__deploy_lock_path": str(self.folder / "lock"),
             "glm_ocr_library_dir": str(self.folder / "lib"),
             "vllm_weights_manifest": str(NANO_MANIFEST),
-            **variables,
         }
-        return play(self.folder, playbook, dict.fromkeys(hosts, HERE), "-e", json.dumps(given), *options)
+
+    def play(
+        self,
+        playbook: str,
+        *options: str,
+        hosts: Sequence[str] = ("npu-01",),
+        gateways: dict[str, dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> Played:
+        given = json.dumps(self.inner | variables)
+        return play(self.folder, playbook, dict.fromkeys(hosts, HERE), "-e", given, *options, gateways=gateways)
 
     def rescued(self, *block: dict[str, Any], check: bool = False, **variables: Any) -> Played:
         """A deployment that fails in ``block``, and puts the last good release back."""
@@ -356,12 +369,17 @@ def before_the_host(host: Host, *others: str, down: Sequence[str] = ()) -> Itera
     """A gateway on this machine, for a play's variables."""
     path = host.folder / "admin.sock"
     with admin(path, host.folder / "calls", ["npu-01", *others], down):
-        yield {
-            "glm_ocr_gateways": ["localhost"],
-            "__gateway_socket": str(path),
-            "__gateway_states": str(host.folder / "servers"),
-            "gateway_return_timeout_seconds": 1,
-        }
+        yield gateway_at(host, str(path), "npu-01", *others)
+
+
+def gateway_at(host: Host, socket: str, *instances: str) -> dict[str, Any]:
+    return {
+        "glm_ocr_gateways": ["localhost"],
+        "__gateway_socket": socket,
+        "__gateway_states": str(host.folder / "servers"),
+        "__gateway_config": str(configuration(host.folder / "haproxy.cfg", instances)),
+        "gateway_return_timeout_seconds": 1,
+    }
 
 
 def order_of(host: Host) -> list[str]:
@@ -418,11 +436,80 @@ def test_one_that_is_down_at_the_gateway_may_be_restarted_whoever_else_is(host: 
     assert order_of(host) == ["gateway drain", "systemctl restart", "docker run", "gateway ready"]
 
 
-def test_a_gateway_that_does_not_run_holds_nobody_up(host: Host) -> None:
-    gone = {"glm_ocr_gateways": ["localhost"], "__gateway_socket": str(host.folder / "none")}
+def test_a_gateway_that_does_not_run_holds_nobody_up_and_has_the_host_back_when_it_does(host: Host) -> None:
+    gone = gateway_at(host, str(host.folder / "none"), "npu-01")
+    (host.folder / "stopped").write_text("glm-ocr-gateway")
     played = host.play("playbooks/restart.yml", **gone)
     assert played.rc == 0
-    assert "localhost does not run. Next: ansible-playbook playbooks/gateway.yml" in " ".join(played.output.split())
+    told = " ".join(played.output.split())
+    assert "localhost: does not run, and does not send npu-01 requests when it does" in told
+    assert "localhost does not run. It sends npu-01 requests once it does." in told
+    assert "ansible-playbook playbooks/gateway.yml -l localhost" in told
+    assert " npu-01 " not in (host.folder / "servers").read_text()
+    drained = host.play("playbooks/drain.yml", **gone, vllm_service_drain_timeout_seconds=0)
+    assert drained.rc == 0
+    assert " npu-01 - 2 8 " in (host.folder / "servers").read_text()
+
+
+def test_a_gateway_that_was_never_brought_is_told_of(host: Host) -> None:
+    gone = gateway_at(host, str(host.folder / "none")) | {"__gateway_states": str(host.folder / "none" / "servers")}
+    (host.folder / "stopped").write_text("glm-ocr-gateway")
+    played = host.play("playbooks/restart.yml", **gone)
+    assert played.rc == 0
+    told = " ".join(played.output.split())
+    assert "localhost does not know npu-01. Next: ansible-playbook playbooks/gateway.yml -l localhost" in told
+
+
+@pytest.mark.parametrize("before", ["ready", "maint"])
+@pytest.mark.parametrize("lost", [False, True], ids=["one does not obey", "one is lost"])
+def test_a_host_is_as_it_was_at_all_gateways_when_one_of_them_does_not_take_it_out(
+    before: str, lost: bool, host: Host
+) -> None:
+    """Both answer at first: the second one fails when the first was told."""
+    calls, names = host.folder / "calls", ["npu-01", "npu-02"]
+    nodes: dict[str, dict[str, Any]] = {"gw-01": HERE, "gw-02": HERE}
+    if lost:
+        connection = f"{{{{ 'ssh' if 'gateway drain' in lookup('file', '{calls}', errors='ignore') else 'local' }}}}"
+        nodes["gw-02"] = HERE | {"ansible_connection": connection, "ansible_host": "127.0.0.1", "ansible_port": 1}
+    with (
+        admin(host.folder / "gw-01.sock", calls, names) as first,
+        admin(host.folder / "gw-02.sock", calls, names, deaf=True) as second,
+    ):
+        first["npu-01"] = second["npu-01"] = 1 if before == "maint" else 0
+        # Of the gateway that is asked.
+        given = gateway_at(host, f"{host.folder}/{{{{ item.item | default(item) }}}}.sock", *names)
+        given["__gateway_states"] = f"{host.folder}/{{{{ item.item | default(item) }}}}.servers"
+        played = host.play("playbooks/restart.yml", gateways=nodes, **given | {"glm_ocr_gateways": list(nodes)})
+        assert (first, second["npu-01"]) == ({"npu-01": 1 if before == "maint" else 0, "npu-02": 0}, first["npu-01"])
+    assert played.rc != 0
+    assert order_of(host) == ["gateway drain", f"gateway {before}"]
+    told = " ".join(played.output.split())
+    assert "npu-01 was not taken out of the pool" in told
+    assert ("found gw-02 unreachable;" if lost else "Permission denied;") in told
+    assert ("It may be out of the pool of gw-02, which did not take that back" in told) == lost
+    assert host.running() == NEW
+    kept = [(host.folder / f"{name}.servers").read_text() for name in nodes if not (lost and name == "gw-02")]
+    assert all((" npu-01 - 2 1 " in text) == (before == "maint") for text in kept)
+
+
+def test_hosts_are_drained_one_after_the_other_while_another_serves(host: Host) -> None:
+    hosts = {"npu-01": HERE, "npu-02": HERE}
+    with before_the_host(host, "npu-02", "npu-03") as gateway:
+        given = {**host.inner, **gateway, "vllm_service_drain_timeout_seconds": 0}
+        options = ("-e", json.dumps(given))
+        assert play(host.folder, "playbooks/drain.yml", hosts, *options, gateways={"localhost": HERE}).rc == 0
+        assert order_of(host) == ["gateway drain", "systemctl stop"] * 2
+
+
+def test_hosts_that_are_drained_together_leave_one_that_serves(host: Host) -> None:
+    hosts = {"npu-01": HERE, "npu-02": HERE}
+    with before_the_host(host, "npu-02") as gateway:
+        given = {**host.inner, **gateway, "vllm_service_drain_timeout_seconds": 0, "glm_ocr_rollout_batches": [2]}
+        options = ("-e", json.dumps(given))
+        played = play(host.folder, "playbooks/drain.yml", hosts, *options, gateways={"localhost": HERE})
+    assert played.rc != 0
+    assert "found localhost with fewer; npu-0" in " ".join(played.output.split())
+    assert order_of(host).count("gateway drain") == 1
 
 
 def test_a_drain_and_a_host_that_leaves_are_out_of_the_pool_first(host: Host) -> None:
@@ -433,6 +520,27 @@ def test_a_drain_and_a_host_that_leaves_are_out_of_the_pool_first(host: Host) ->
         (host.folder / "calls").unlink()
         host.play("playbooks/offboard.yml", **gateway)
         assert order_of(host)[0] == "gateway maint"
+
+
+@pytest.mark.parametrize("limit", [(), ("-l", "npu-01,npu-02")])
+def test_hosts_leave_one_by_one(limit: tuple[str, ...], host: Host) -> None:
+    hosts = {"npu-01": HERE, "npu-02": HERE}
+    with before_the_host(host, "npu-02", "npu-03") as gateway:
+        played = play(host.folder, "playbooks/offboard.yml", hosts, "-e", json.dumps(host.inner | gateway), *limit)
+    assert played.rc != 0
+    told = " ".join(played.output.split())
+    assert f"expected one host that leaves, found npu-01, npu-02 with -l {limit[1] if limit else 'left out'};" in told
+    assert "Fix: ansible-playbook playbooks/offboard.yml -l npu-01" in told
+    assert order_of(host) == []
+
+
+def test_a_host_that_another_controller_works_on_does_not_leave(host: Host) -> None:
+    other = {"who": "someone", "since": "now", "machine": "elsewhere", "pid": 1, "started": "1"}
+    (host.folder / "lock").write_text(json.dumps(other))
+    with before_the_host(host, "npu-02") as gateway:
+        played = host.play("playbooks/offboard.yml", **gateway)
+    assert "[HOST_LOCKED]" in played.output
+    assert order_of(host) == []
 
 
 @pytest.mark.parametrize("limit", ["npu-01", "npu-01,npu-02,gateway"])
@@ -452,6 +560,47 @@ def test_a_new_host_that_is_named_with_its_gateways_is_asked_for_its_key(host: H
     limit = ("-l", "npu-01,gateway", "-e", known)
     played = play(host.folder, "playbooks/onboard.yml", hosts, *limit, gateways={"gw-01": HERE})
     assert "expected a key of npu-01 in" in " ".join(played.output.split())
+
+
+@pytest.mark.parametrize(
+    ("known", "valid"), [(0, True), (1, True), (1, False)], ids=["in the pool", "left before", "not valid"]
+)
+def test_a_host_that_the_gateways_know_gets_into_the_pool_once_it_was_validated(
+    known: int, valid: bool, host: Host
+) -> None:
+    """The real onboarding; of the deployment what it ends with, and of validation and gateways that they were."""
+    folder = host.folder / "playbooks"
+    folder.mkdir()
+    shutil.copy(PROJECT / "playbooks" / "onboard.yml", folder)
+    plays = yaml.safe_load((PROJECT / "playbooks" / "deploy.yml").read_text())
+    (deployment,) = [part for part in plays if "hosts" in part]
+    reads = {"name": "Read", "ansible.builtin.set_fact": {"vllm_service_reads": True}}
+    end = deployment["tasks"][-1]["always"][-1]
+    for name, group, tasks in (
+        ("deploy", "ascend910", [reads, end]),
+        ("validate", "ascend910", [said(host, "validated", valid)]),
+        ("gateway", "gateway", [said(host, "brought")]),
+    ):
+        part = {"hosts": group, "gather_facts": False, "roles": ["glm_ocr"], "tasks": tasks}
+        (folder / f"{name}.yml").write_text(yaml.safe_dump([part]))
+    (host.folder / "known_hosts").write_text(f"npu-01.example ssh-ed25519 {base64.b64encode(SSH_KEY).decode()}\n")
+    with admin(host.folder / "admin.sock", host.folder / "calls", ["npu-01", "npu-02"]) as states:
+        states["npu-01"] = known
+        given = host.inner | gateway_at(host, str(host.folder / "admin.sock"), "npu-01", "npu-02")
+        given |= {"glm_ocr_gateways": ["gw-01"], "host_key_known_hosts": str(host.folder / "known_hosts")}
+        options = ("-l", "npu-01,gateway", "-e", json.dumps(given))
+        hosts = {"npu-01": HERE | {"ansible_host": "npu-01.example"}}
+        gateways = {"gw-01": HERE | {"glm_ocr_keys": FRONT["glm_ocr_keys"]}}
+        played = play(host.folder, str(folder / "onboard.yml"), hosts, *options, gateways=gateways)
+    assert (played.rc == 0) == valid
+    later = ["gateway brought", "gateway ready"] if valid else []
+    assert order_of(host) == ["gateway drain", "gateway validated", *later]
+
+
+def said(host: Host, what: str, well: bool = True) -> dict[str, Any]:
+    """A task that leaves a line among the calls."""
+    script = f"echo gateway {what} >> {host.folder}/calls; exit {0 if well else 1}"
+    return {"name": what, "ansible.builtin.command": {"argv": ["sh", "-c", script]}}
 
 
 def test_in_check_mode_the_pool_stays_as_it_is(host: Host) -> None:

@@ -12,9 +12,20 @@ from pathlib import Path
 FORCED = {"ready": 0, "maint": 1, "drain": 8}
 
 
+def configuration(path: Path, instances: Sequence[str]) -> Path:
+    """HAProxy's, as far as the module reads it."""
+    path.write_text("\n".join(["backend engine", *(f"    server {name} 192.0.2.1:8000" for name in instances), ""]))
+    return path
+
+
 @contextmanager
-def admin(path: Path, log: Path, instances: Sequence[str], down: Sequence[str] = ()) -> Iterator[dict[str, int]]:
-    """Answers at ``path`` as far as the module asks; orders become lines of ``log``.  Yields their admin states."""
+def admin(
+    path: Path, log: Path, instances: Sequence[str], down: Sequence[str] = (), deaf: bool = False
+) -> Iterator[dict[str, int]]:
+    """Answers at ``path`` as far as the module asks; orders become lines of ``log``.  Yields their admin states.
+
+    ``deaf``: it obeys no order, and says so.
+    """
     states = dict.fromkeys(instances, 0)
 
     def states_shown() -> str:
@@ -29,7 +40,9 @@ def admin(path: Path, log: Path, instances: Sequence[str], down: Sequence[str] =
         def handle(self) -> None:
             command = self.rfile.readline().decode().strip()
             answer = {"show servers state": states_shown, "show stat": statistics}.get(command, lambda: "")()
-            if command.startswith("set server engine/"):
+            if command.startswith("set server engine/") and deaf:
+                answer = "Permission denied"
+            elif command.startswith("set server engine/"):
                 _, _, target, _, order = command.split()
                 states[target.partition("/")[2]] = FORCED[order]
                 with log.open("a") as file:

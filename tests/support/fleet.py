@@ -10,7 +10,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
@@ -131,8 +131,9 @@ class Instance:
 
 def reset(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    # Not close alone: the handler's files hold the descriptor.
-    connection.shutdown(socket.SHUT_RD)
+    # Not close alone: the handler's files hold the descriptor. The other side may have ended it before.
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RD)
     connection.close()
 
 
@@ -145,10 +146,18 @@ class Gateway(fronts.Front):
         self.run.mkdir()
         shutil.chown(self.run, fronts.USER, fronts.USER)
         self.instances = instances
-        self.pool_at = {"socket": str(self.run / "admin.sock"), "states": str(folder / "servers"), "backend": "engine"}
+        (folder / "var").mkdir()
+        self.pool_at = {
+            "socket": str(self.run / "admin.sock"),
+            "states": str(folder / "var" / "servers"),
+            "configuration": str(folder / "haproxy.cfg"),
+            "service": "glm-ocr-gateway",
+            "backend": "engine",
+        }
         self.given = variables
 
     def write(self) -> str:
+        """As the role does before a start or a reload."""
         key = self.folder / "instances.key"
         key.write_text(f"instances {INTERNAL_KEY}\n")
         key.chmod(0o644)
@@ -167,15 +176,29 @@ class Gateway(fronts.Front):
             "__gateway_key": str(key),
             **self.given,
         }
-        return super().write()
+        unit = super().write()
+        self.pool(state="kept")
+        return unit
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def pool(self, instance: str, state: str = "described", timeout: float = fronts.SECONDS) -> dict[str, Any]:
+    def pool(
+        self, instance: str = "", state: str = "described", timeout: float = fronts.SECONDS, min_others: int = 0
+    ) -> dict[str, Any]:
         """What the module does on the gateway, and tells."""
-        return gateway_pool.run({**self.pool_at, "instance": instance, "state": state, "timeout": timeout}, False)
+        asked = {"instance": instance, "state": state, "timeout": timeout, "min_others": min_others}
+        return gateway_pool.run(self.pool_at | asked, False)
+
+    def column(self, instance: str, name: str) -> str:
+        """Of HAProxy's state of it."""
+        (row,) = [
+            row
+            for row in gateway_pool.rows(gateway_pool.say(self.pool_at["socket"], "show servers state"), "engine")
+            if row["srv_name"] == instance
+        ]
+        return row[name]
 
     def weight(self, instance: str) -> int:
         rows = [row.split(",") for row in gateway_pool.say(self.pool_at["socket"], "show stat").splitlines()]

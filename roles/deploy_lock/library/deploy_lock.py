@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import tempfile
 from datetime import datetime, timezone
-from typing import Any, Dict, Iterator, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
+from ansible.module_utils.alone import alone
 from ansible.module_utils.basic import AnsibleModule
 
 DOCUMENTATION = r"""
@@ -65,17 +64,6 @@ def holder_of(path: str) -> Dict[str, Any]:
     return {"who": who, "since": since, "machine": "unknown", "pid": 0, "started": str(status.st_mtime_ns)}
 
 
-@contextlib.contextmanager
-def alone(path: str) -> Iterator[None]:
-    """No other process of this module reads or writes the lock meanwhile."""
-    handle = os.open(os.path.dirname(path), os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
 def write(path: str, holder: Dict[str, Any]) -> None:
     handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path))
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -87,7 +75,7 @@ def take(
     path: str, holder: Dict[str, Any], replaced: Optional[Dict[str, Any]] = None, check_mode: bool = False
 ) -> Tuple[bool, Dict[str, Any]]:
     """Whether ``holder`` holds the lock now, or could in check mode; and who held it before."""
-    with alone(path):
+    with alone(os.path.dirname(path)):
         found = holder_of(path)
         if same(holder, found):
             return True, found
@@ -99,7 +87,7 @@ def take(
 
 def give_back(path: str, holder: Dict[str, Any], check_mode: bool = False) -> Dict[str, Any]:
     """Who held the lock; the lock of another stays."""
-    with alone(path):
+    with alone(os.path.dirname(path)):
         found = holder_of(path)
         if same(holder, found) and not check_mode:
             os.unlink(path)
