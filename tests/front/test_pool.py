@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import ExitStack
 
 import pytest
 
@@ -178,7 +179,7 @@ def test_one_that_leaves_is_not_asked_and_the_pool_may_change_around_it() -> Non
             gateway.reload()
             assert "MAINT" in gateway.pool("npu-03")["status"]
             assert gateway.pool("npu-03")["others"] == ["npu-00", "npu-01", "npu-02"]
-            del gateway.instances["npu-03"]
+            gateway.instances = {name: one for name, one in gateway.instances.items() if name != "npu-03"}
             gateway.reload()
             assert not gateway.pool("npu-03")["member"]
             assert not gateway.pool("npu-03", "drained")["changed"]
@@ -200,6 +201,45 @@ def test_the_instance_with_the_fewest_requests_gets_the_next() -> None:
         for instance in instances.values():
             instance.release.set()
         assert [answer(connection).status for connection in (first, second)] == [200, 200]
+
+
+def test_a_full_instance_is_asked_for_its_health_all_the_same() -> None:
+    with fleets.before_a_front(8, gateway_instance_connections=6) as (gateway, engine), ExitStack() as stack:
+        clients = [stack.enter_context(gateway.connect()) for _ in range(8)]
+        for client in clients:
+            client.sendall(gateway.post(b'{"hold":true}'))
+        gateway.until(lambda: gateway.pool("npu-01")["in_flight"] == 6)
+
+        def asked() -> int:
+            return [path for path, *_ in engine.requests].count("/health")
+
+        before = asked()
+        gateway.until(lambda: asked() > before + 3)
+        pool = gateway.pool("npu-01")
+        assert (pool["serves"], pool["in_flight"]) == (True, 6)
+        engine.release.set()
+        assert [answer(client).status for client in clients] == [200] * 8
+
+
+def test_what_finds_no_room_waits_for_it_and_is_then_told_to_come_back() -> None:
+    limits = {"gateway_instance_connections": 1, "gateway_queue_timeout_seconds": 2, "ocr_front_retry_after_seconds": 9}
+    with fleet(**limits) as (gateway, instances), ExitStack() as stack:
+        held = [stack.enter_context(gateway.connect()) for _ in NAMES]
+        for client in held:
+            client.sendall(gateway.post(b'{"hold":true}'))
+        gateway.until(lambda: all(len(instance.begun) == 1 for instance in instances.values()))
+        started = time.monotonic()
+        told = gateway.ask(gateway.post(b"{}"))
+        assert (told.status, told.headers["retry-after"]) == (503, "9")
+        assert time.monotonic() - started >= 2
+        assert all(gateway.pool(name)["serves"] for name in NAMES)
+        with gateway.connect() as waiting:
+            waiting.sendall(gateway.post(b"{}"))
+            gateway.until(lambda: gateway.waiting() == 1)
+            for instance in instances.values():
+                instance.release.set()
+            assert [answer(client).status for client in (*held, waiting)] == [200] * 4
+        assert gateway.finished().count("end=sQ") == 1
 
 
 @pytest.mark.parametrize("drained", [False, True], ids=["fell out", "drained"])

@@ -9,7 +9,7 @@ import socketserver
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -139,7 +139,7 @@ def reset(connection: socket.socket) -> None:
 class Gateway(fronts.Front):
     group, template = "gateway", "gateway.cfg.j2"
 
-    def __init__(self, folder: Path, instances: dict[str, Instance], **variables: Any) -> None:
+    def __init__(self, folder: Path, instances: Mapping[str, Instance | fronts.Front], **variables: Any) -> None:
         super().__init__(folder, **variables)
         self.run = folder / "run"
         self.run.mkdir()
@@ -178,10 +178,16 @@ class Gateway(fronts.Front):
         return gateway_pool.run({**self.pool_at, "instance": instance, "state": state, "timeout": timeout}, False)
 
     def weight(self, instance: str) -> int:
+        return self._counted("weight", instance)
+
+    def waiting(self) -> int:
+        """Requests that no instance has room for."""
+        return self._counted("qcur", "BACKEND")
+
+    def _counted(self, name: str, of: str) -> int:
         rows = [row.split(",") for row in gateway_pool.say(self.pool_at["socket"], "show stat").splitlines()]
-        column = rows[0].index("weight")
-        (row,) = [row for row in rows if row[:2] == ["engine", instance]]
-        return int(row[column])
+        (row,) = [row for row in rows if row[:2] == ["engine", of]]
+        return int(row[rows[0].index(name)])
 
     def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + fronts.SECONDS
@@ -204,6 +210,22 @@ def fleet(**variables: Any) -> Iterator[tuple[Gateway, dict[str, Instance]]]:
         stack.callback(gateway.stop)
         gateway.start()
         yield gateway, instances
+
+
+@contextmanager
+def before_a_front(connections: int, **variables: Any) -> Iterator[tuple[Gateway, fronts.Engine]]:
+    """A gateway before one instance, npu-01: a front as it is deployed, with so many connections, and its engine."""
+    with fronts.folder() as before, fronts.folder() as behind, ExitStack() as stack:
+        front = fronts.Front(behind, ocr_front_max_connections=connections)
+        stack.callback(front.stop)
+        front.keys["gateway"] = INTERNAL_KEY
+        front.start()
+        engine = stack.enter_context(fronts.serving(front.socket))
+        front.open()
+        gateway = Gateway(before, {"npu-01": front}, **variables)
+        stack.callback(gateway.stop)
+        gateway.start()
+        yield gateway, engine
 
 
 @contextmanager

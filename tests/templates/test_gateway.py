@@ -98,6 +98,24 @@ def test_who_restarts_an_engine_knows_the_gateways(tmp_path: Path) -> None:
     assert host.template("{{ glm_ocr_gateways }}") == ["gw-01"]
 
 
+@pytest.mark.parametrize(("peers", "share"), [([], 96), (["gw-01"], 96), (["gw-01", "gw-02"], 48)])
+def test_gateways_share_the_connections_of_an_instance(peers: list[str], share: int, tmp_path: Path) -> None:
+    text = gateway(tmp_path, gateway_peers=peers).template_file("gateway.cfg.j2")
+    assert text.count(f" maxconn {share} tcp-ut 30s") == 1
+
+
+def test_what_is_taken_for_an_instances_limit_is_the_default_of_its_role(tmp_path: Path) -> None:
+    host = gateway(tmp_path, gateway_instance_connections=112)
+    assert host.template("{{ __gateway_problems }}") == []
+    # The gateway has another; the instances' is nowhere in the inventory.
+    (tmp_path / "instance").mkdir()
+    assert HostVariables(tmp_path / "instance").template("{{ ocr_front_max_connections }}") == 128
+    host.values["gateway_instance_connections"] = 113
+    first, second = host.template("{{ __gateway_problems }}")
+    assert "npu-01: ocr_front_max_connections must be 129 or more" in first
+    assert "npu-02" in second
+
+
 @pytest.mark.parametrize(
     ("overrides", "complaint"),
     [
@@ -108,6 +126,8 @@ def test_who_restarts_an_engine_knows_the_gateways(tmp_path: Path) -> None:
         ({"gateway_instances_key": ""}, "put a key named gateway into the glm_ocr_keys of the instances"),
         ({"gateway_instances_key": "short"}, "must be a key of 32 to 256"),
         ({"gateway_check_path": "/health check"}, "found /health check"),
+        ({"gateway_instance_connections": 1, "gateway_peers": ["gw-01", "gw-02"]}, "have one for each gateway, found 1"),
+        ({"gateway_queue_timeout_seconds": "long"}, "gateway_queue_timeout_seconds must be 1 to 9999"),
         ({"gateway_check_interval_seconds": 0}, "gateway_check_interval_seconds must be 1 to 9999"),
         (
             SHARED | {"gateway_virtual_address": "192.0.2.100"},
