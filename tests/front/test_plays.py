@@ -204,12 +204,18 @@ def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> No
 
 def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone(host: Host) -> None:
     internal = "i" * 48
-    instances = {"npu-01": host.variables | {"glm_ocr_keys": {"validation": "n" * 32, "gateway": internal}}}
+    keys = {"validation": "n" * 32, "gateway": internal}
+    instances = {"npu-01": host.variables | {"ansible_host": "192.0.2.11", "glm_ocr_keys": keys}}
+    # The same tasks remove a shared address, which is not there.
+    etc, unit = (
+        f"{host.folder}/{{{{ '{name}' if __ocr_front_service == 'glm-ocr-gateway' else 'none' }}}}"
+        for name in ("etc", "front.service")
+    )
     inner = {
         "__gateway_dir": str(host.folder / "etc"),
         "__gateway_states_dir": str(host.folder / "var"),
-        "__ocr_front_dir": str(host.folder / "etc"),
-        "__ocr_front_unit": str(host.folder / "front.service"),
+        "__ocr_front_dir": etc,
+        "__ocr_front_unit": unit,
         "__ocr_front_loaded": str(host.folder / "loaded"),
         "__ocr_front_started": str(host.folder / "started"),
         "__deploy_lock_path": str(host.folder / "lock"),
