@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,20 @@ def test_the_instances_key_comes_from_them_and_is_in_no_configuration(tmp_path: 
     assert INTERNAL not in host.template_file("gateway.cfg.j2")
 
 
+def test_one_key_can_be_changed_for_another_while_both_hold(tmp_path: Path) -> None:
+    second = "j" * 64
+    keys = {"glm_ocr_keys": {"validation": "n" * 32, "gateway": INTERNAL, "gateway-2": second, "gatewayed": "c" * 32}}
+    host = gateway(tmp_path, INSTANCES | keys, gateway_key_name="gateway-2")
+    assert host.template("{{ __gateway_problems }}") == []
+    assert host.template("{{ gateway_instances_key }}").strip() == second
+    host.values["gateway_key_name"] = "gateway"
+    assert host.template("{{ gateway_instances_key }}").strip() == INTERNAL
+    (tmp_path / "instance").mkdir()
+    text = HostVariables(tmp_path / "instance", **INSTANCES | keys).template_file("haproxy.cfg.j2")
+    exempt = re.findall(r"set-var\(txn.limit\) int\(100000\) if { var\(txn.key_name\) -m str (\S+) }", text)
+    assert exempt == ["validation", "gateway", "gateway-2"]
+
+
 def test_instances_without_keys_are_sent_none(tmp_path: Path) -> None:
     host = gateway(tmp_path, {})
     assert host.template("{{ __gateway_problems }}") == []
@@ -148,8 +163,16 @@ def test_what_is_taken_for_an_instances_limit_is_the_default_of_its_role(tmp_pat
         ({"glm_ocr_keys": {"validation": "n" * 32, "gateway": "o" * 64}}, {}, "npu-02 must know the key that is sent"),
         ({"glm_ocr_keys": {"validation": "n" * 32}}, {}, "npu-02 must know the key that is sent"),
         (TLS, {}, "npu-02 speaks TLS: gateway_instances_ca must name the authority"),
-        ({"glm_ocr_tls_certificate": ""}, {"gateway_instances_ca": "/srv/tls/ca.pem"}, "npu-02 must have a certificate"),
-        ({"glm_ocr_bind_address": "127.0.0.1"}, {}, "npu-02: glm_ocr_bind_address must be one that the gateway reaches"),
+        (
+            {"glm_ocr_tls_certificate": ""},
+            {"gateway_instances_ca": "/srv/tls/ca.pem"},
+            "npu-02 must have a certificate",
+        ),
+        (
+            {"glm_ocr_bind_address": "127.0.0.1"},
+            {},
+            "npu-02: glm_ocr_bind_address must be one that the gateway reaches",
+        ),
         ({"glm_ocr_bind_address": "::1"}, {}, "npu-02: glm_ocr_bind_address must be one that the gateway reaches"),
         ({"ansible_host": "npu-02.example"}, {}, "npu-02 must have an address for ansible_host, found a name"),
         ({"ocr_front_max_connections": 100}, {}, "npu-02: ocr_front_max_connections must be 112 or more"),
@@ -185,8 +208,15 @@ def test_instances_with_addresses_of_either_family_fit(tmp_path: Path) -> None:
         ({"glm_ocr_exposure": "direct"}, "must be front, found direct"),
         ({"gateway_instances_key": ""}, "put a key named gateway into the glm_ocr_keys of the instances"),
         ({"gateway_instances_key": "short"}, "must be a key of 32 to 256"),
+        (
+            {"gateway_key_name": "scanner", "gateway_instances_key": INTERNAL},
+            "gateway_key_name must be gateway, or that with a dash and more, found scanner",
+        ),
         ({"gateway_check_path": "/health check"}, "found /health check"),
-        ({"gateway_instance_connections": 1, "gateway_peers": ["gw-01", "gw-02"]}, "have one for each gateway, found 1"),
+        (
+            {"gateway_instance_connections": 1, "gateway_peers": ["gw-01", "gw-02"]},
+            "have one for each gateway, found 1",
+        ),
         ({"gateway_queue_timeout_seconds": "long"}, "gateway_queue_timeout_seconds must be 1 to 9999"),
         ({"gateway_check_interval_seconds": 0}, "gateway_check_interval_seconds must be 1 to 9999"),
         (
