@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from fake_gateway import admin
 from front import KEYS, USER, running, serving
 from playing import HERE, Played, installed_scripts, play, stub
 from rendering import PROJECT
@@ -213,6 +214,7 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
     )
     inner = {
         "__gateway_dir": str(host.folder / "etc"),
+        "__gateway_socket": str(host.folder / "admin.sock"),
         "__gateway_states_dir": str(host.folder / "var"),
         "__ocr_front_dir": etc,
         "__ocr_front_unit": unit,
@@ -226,19 +228,42 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
         more = ("-e", json.dumps(inner), *options)
         return play(host.folder, "playbooks/gateway.yml", instances, *more, gateways=gateways)
 
-    first = bring("-vvv", "--diff")
-    assert first.rc == 0
-    assert host.calls() == ["start"]
-    assert "RuntimeDirectory=glm-ocr-gateway\n" in (host.folder / "front.service").read_text()
-    key = host.folder / "etc" / "instances.key"
-    assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
-    assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
-    again = bring()
-    assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
-    instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
-    assert bring().rc == 0
-    assert host.calls() == ["start", "reload"]
-    assert "server npu-02 192.0.2.12:8000" in (host.folder / "etc" / "haproxy.cfg").read_text()
+    down = ["npu-02"]
+    with admin(host.folder / "admin.sock", host.folder / "orders", ["npu-01", "npu-02"], down):
+        first = bring("-vvv", "--diff")
+        assert first.rc == 0
+        assert "All instances serve." in first.output
+        assert host.calls() == ["start"]
+        assert "RuntimeDirectory=glm-ocr-gateway\n" in (host.folder / "front.service").read_text()
+        key = host.folder / "etc" / "instances.key"
+        assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
+        assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
+        again = bring()
+        assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
+
+        instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
+        second = bring()
+        assert second.rc == 0
+        assert "npu-02 (DOWN L7OK 200)" in second.output
+        assert "npu-01 (" not in second.output
+        assert host.calls() == ["start", "reload"]
+        assert "server npu-02 192.0.2.12:8000" in (host.folder / "etc" / "haproxy.cfg").read_text()
+
+        # What would be a restart can be seen before it is one.
+        down.append("npu-01")
+        host.variables["ocr_front_max_connections"] = 600
+        looked = bring("--check", "--diff")
+        assert looked.rc == 0
+        assert "\n+LimitNOFILE=2224\n" in looked.output
+        assert host.calls() == ["start", "reload"]
+
+        empty = bring()
+        assert empty.rc != 0
+        complaint = (
+            "expected an instance that serves behind gw-01, found npu-01 (DOWN L7OK 200), npu-02 (DOWN L7OK 200)"
+        )
+        assert complaint in " ".join(empty.output.split())
+        assert host.calls() == ["start", "reload", "restart"]
 
 
 def test_a_pool_that_cannot_be_rendered_stops_before_the_lock(host: Host) -> None:
