@@ -271,6 +271,23 @@ def test_a_chunk_arrives_before_the_reply_ends() -> None:
             received += connection.recv(4096)
 
 
+def test_the_gateway_tells_of_its_pool_whoever_may_ask_and_of_no_engine() -> None:
+    may = {"ocr_front_metrics_enabled": True, "ocr_front_metrics_sources": ["127.0.0.0/8"]}
+    with fleet(**may) as (gateway, instances):
+        instances["npu-01"].kill()
+        gateway.until(lambda: not gateway.pool("npu-01")["serves"])
+        told = gateway.ask(gateway.head("/metrics/front"))
+        lines = told.body.decode().splitlines()
+        assert told.status == 200
+        # As the rules have them.
+        assert 'haproxy_backend_active_servers{proxy="engine"} 2' in lines
+        up = [line for line in lines if line.startswith("haproxy_server_status{") and 'state="UP"' in line]
+        assert len(up) == len(NAMES)
+        assert gateway.ask(gateway.head("/metrics/front", None)).status == 401
+        assert gateway.ask(gateway.head("/metrics")).status == 404
+        instances["npu-01"].start()
+
+
 def test_clients_have_keys_of_the_gateways_and_instances_one_of_their_own() -> None:
     with fleet() as (gateway, instances):
         assert gateway.ask(gateway.post(b"{}", None)).status == 401
