@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from contextlib import ExitStack
 
@@ -12,6 +14,7 @@ import fleet as fleets
 from fleet import INTERNAL_KEY, NAMES, fleet, load
 from front import KEYS, answer
 from ledger import Ledger
+from rendering import PROJECT
 
 
 def refused(books: list[Ledger]) -> int:
@@ -269,6 +272,23 @@ def test_a_chunk_arrives_before_the_reply_ends() -> None:
             instance.release.set()
         while not received.endswith(b"0\r\n\r\n"):
             received += connection.recv(4096)
+
+
+def test_a_gateway_whose_connections_are_all_taken_keeps_its_address() -> None:
+    shared = {"gateway_virtual_address": "192.0.2.100/24", "gateway_virtual_interface": "lo"}
+    with fleet(ocr_front_max_connections=4, **shared) as (gateway, _), ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(gateway.connect())
+            client.sendall(gateway.post(b"{}"))
+            assert answer(client).status == 200
+        with gateway.connect() as further:
+            further.sendall(gateway.post(b"{}"))
+            # As keepalived asks it.
+            program = PROJECT / "roles" / "gateway" / "files" / "gateway_alive.py"
+            asked = subprocess.run([sys.executable, program, gateway.run / "alive.sock"], check=False)
+            assert asked.returncode == 0
+            stack.close()
+            assert answer(further).status == 200
 
 
 def test_the_gateway_tells_of_its_pool_whoever_may_ask_and_of_no_engine() -> None:

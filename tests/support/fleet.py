@@ -163,6 +163,7 @@ class Gateway(fronts.Front):
             "gateway_check_timeout_seconds": 1,
             "gateway_slow_start_seconds": 1,
             "__gateway_socket": self.pool_at["socket"],
+            "__gateway_alive_socket": str(self.run / "alive.sock"),
             "__gateway_states": self.pool_at["states"],
             "__gateway_key": str(key),
             **self.given,
