@@ -54,6 +54,8 @@ class Host:
         stub(folder / "bin", "journalctl", "echo the cause is here")
         stub(folder / "bin", "systemctl", f'exec {sys.executable} {folder}/systemctl.py "$@"')
         self.variables: dict[str, Any] = HERE | {"glm_ocr_exposure": "front", "glm_ocr_keys": dict(KEYS)}
+        # Further hosts, this machine too.
+        self.others: dict[str, dict[str, Any]] = {}
 
     def play(self, *options: str, playbook: str = "playbooks/front_keys.yml") -> Played:
         inner = {
@@ -63,7 +65,7 @@ class Host:
             "__ocr_front_started": str(self.folder / "started"),
             "__deploy_lock_path": str(self.folder / "lock"),
         }
-        return play(self.folder, playbook, {"npu-01": self.variables}, "-e", json.dumps(inner), *options)
+        return play(self.folder, playbook, {"npu-01": self.variables} | self.others, "-e", json.dumps(inner), *options)
 
     def start(self) -> None:
         tasks = [
@@ -134,6 +136,15 @@ def test_another_unit_is_a_restart(host: Host) -> None:
     host.variables["ocr_front_stop_timeout_seconds"] = 30
     assert host.play().rc == 0
     assert host.calls() == ["start", "restart"]
+
+
+def test_one_that_cannot_follow_stops_the_others_before_they_are_touched(host: Host) -> None:
+    host.others = {"npu-02": dict(host.variables)}
+    host.variables["ocr_front_program"] = "/bin/true"
+    played = host.play()
+    assert played.rc != 0
+    assert "expected HAProxy 2.4 or newer at /bin/true" in " ".join(played.output.split())
+    assert not (host.folder / "etc").exists()
 
 
 @pytest.mark.parametrize(
