@@ -54,6 +54,8 @@ class Host:
         stub(folder / "bin", "journalctl", "echo the cause is here")
         stub(folder / "bin", "systemctl", f'exec {sys.executable} {folder}/systemctl.py "$@"')
         self.variables: dict[str, Any] = HERE | {"glm_ocr_exposure": "front", "glm_ocr_keys": dict(KEYS)}
+        # Further hosts, this machine too.
+        self.others: dict[str, dict[str, Any]] = {}
 
     def play(self, *options: str, playbook: str = "playbooks/front_keys.yml") -> Played:
         inner = {
@@ -63,7 +65,7 @@ class Host:
             "__ocr_front_started": str(self.folder / "started"),
             "__deploy_lock_path": str(self.folder / "lock"),
         }
-        return play(self.folder, playbook, {"npu-01": self.variables}, "-e", json.dumps(inner), *options)
+        return play(self.folder, playbook, {"npu-01": self.variables} | self.others, "-e", json.dumps(inner), *options)
 
     def start(self) -> None:
         tasks = [
@@ -136,6 +138,15 @@ def test_another_unit_is_a_restart(host: Host) -> None:
     assert host.calls() == ["start", "restart"]
 
 
+def test_one_that_cannot_follow_stops_the_others_before_they_are_touched(host: Host) -> None:
+    host.others = {"npu-02": dict(host.variables)}
+    host.variables["ocr_front_program"] = "/bin/true"
+    played = host.play()
+    assert played.rc != 0
+    assert "expected HAProxy 2.4 or newer at /bin/true" in " ".join(played.output.split())
+    assert not (host.folder / "etc").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -205,14 +216,19 @@ def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> No
 
 def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone(host: Host) -> None:
     internal = "i" * 48
-    instances = {"npu-01": host.variables | {"glm_ocr_keys": {"validation": "n" * 32, "gateway": internal}}}
+    keys = {"validation": "n" * 32, "gateway": internal}
+    instances = {"npu-01": host.variables | {"ansible_host": "192.0.2.11", "glm_ocr_keys": keys}}
+    # The same tasks remove a shared address, which is not there.
+    etc, unit = (
+        f"{host.folder}/{{{{ '{name}' if __ocr_front_service == 'glm-ocr-gateway' else 'none' }}}}"
+        for name in ("etc", "front.service")
+    )
     inner = {
         "__gateway_dir": str(host.folder / "etc"),
-        "__gateway_states_dir": str(host.folder / "var"),
         "__gateway_socket": str(host.folder / "admin.sock"),
-        # Not those of the unit for a shared address, which is removed: there is none.
-        "__ocr_front_dir": f"{host.folder}/{{{{ 'none' if '-address' in __ocr_front_service else 'etc' }}}}",
-        "__ocr_front_unit": f"{host.folder}/{{{{ 'none' if '-address' in __ocr_front_service else 'front' }}}}.service",
+        "__gateway_states_dir": str(host.folder / "var"),
+        "__ocr_front_dir": etc,
+        "__ocr_front_unit": unit,
         "__ocr_front_loaded": str(host.folder / "loaded"),
         "__ocr_front_started": str(host.folder / "started"),
         "__deploy_lock_path": str(host.folder / "lock"),
@@ -223,26 +239,51 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
         more = ("-e", json.dumps(inner), *options)
         return play(host.folder, "playbooks/gateway.yml", instances, *more, gateways=gateways)
 
-    first = bring("-vvv", "--diff")
-    assert first.rc == 0
-    assert host.calls() == ["start"]
-    assert "RuntimeDirectory=glm-ocr-gateway\n" in (host.folder / "front.service").read_text()
-    key = host.folder / "etc" / "instances.key"
-    assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
-    assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
-    with admin(host.folder / "admin.sock", host.folder / "orders", ["npu-01", "npu-09"]) as states:
+    down = ["npu-02", "npu-02-1"]
+    with admin(host.folder / "admin.sock", host.folder / "orders", ["npu-01", "npu-02", "npu-02-1"], down) as states:
+        first = bring("-vvv", "--diff")
+        assert first.rc == 0
+        assert "All instances serve." in first.output
+        assert host.calls() == ["start"]
+        assert "RuntimeDirectory=glm-ocr-gateway\n" in (host.folder / "front.service").read_text()
+        key = host.folder / "etc" / "instances.key"
+        assert (key.read_text(), stat.S_IMODE(key.stat().st_mode)) == (f"instances {internal}\n", 0o640)
+        assert not [secret for secret in (internal, *KEYS.values()) if secret in first.output]
         again = bring()
         assert (again.rc, again.recap("gw-01")["changed"]) == (0, 0)
-        # Drained, one of them taken out of the inventory since.
-        states.update({"npu-01": 8, "npu-09": 8})
-        instances["npu-01"]["glm_ocr_port"] = 8005
+
         instances["npu-02"] = {**HERE, "ansible_host": "192.0.2.12"}
         instances["npu-02-1"] = instances["npu-02"] | {"glm_ocr_instance": 1}
+        second = bring()
+        assert second.rc == 0
+        assert "npu-02 (DOWN L7OK 200)" in second.output
+        assert "npu-01 (" not in second.output
+        assert host.calls() == ["start", "reload"]
+        configuration = (host.folder / "etc" / "haproxy.cfg").read_text()
+        assert "server npu-02 192.0.2.12:8000" in configuration
+        assert "server npu-02-1 192.0.2.12:8001" in configuration
+
+        # What would be a restart can be seen before it is one.
+        down.append("npu-01")
+        host.variables["ocr_front_max_connections"] = 600
+        looked = bring("--check", "--diff")
+        assert looked.rc == 0
+        assert "\n+LimitNOFILE=2224\n" in looked.output
+        assert host.calls() == ["start", "reload"]
+
+        empty = bring()
+        assert empty.rc != 0
+        complaint = (
+            "expected an instance that serves behind gw-01, found npu-01 (DOWN L7OK 200), npu-02 (DOWN L7OK 200),"
+        )
+        assert complaint in " ".join(empty.output.split())
+        assert host.calls() == ["start", "reload", "restart"]
+
+        # Drained, one of them taken out of the inventory since.
+        down.clear()
+        states.update({"npu-01": 8, "npu-09": 8})
+        instances["npu-01"]["glm_ocr_port"] = 8005
         assert bring().rc == 0
-    assert host.calls() == ["start", "reload"]
-    configuration = (host.folder / "etc" / "haproxy.cfg").read_text()
-    assert "server npu-02 192.0.2.12:8000" in configuration
-    assert "server npu-02-1 192.0.2.12:8001" in configuration
     (drained,) = (host.folder / "var" / "servers").read_text().splitlines()[2:]
     assert " npu-01 - 2 8 " in drained
     assert drained.endswith(" 8005 -")

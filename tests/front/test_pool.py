@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import gateway_pool
 from fleet import INTERNAL_KEY, NAMES, fleet, load
 from front import KEYS, SECONDS, Front, answer
 from ledger import Ledger
+from rendering import PROJECT
 
 #: Any authority does: nothing here speaks TLS.
 DISTRIBUTION_CA = "/etc/ssl/certs/ca-certificates.crt"
@@ -165,6 +168,16 @@ def test_a_reload_and_a_start_lose_nothing_and_keep_what_was_drained() -> None:
         assert gateway.pool("npu-02")["serves"]
 
 
+def test_after_a_reload_one_that_was_not_asked_yet_can_be_told_from_one_that_serves() -> None:
+    with fleet(gateway_check_interval_seconds=3) as (gateway, instances):
+        instances["npu-03"].kill()
+        gateway.reload()
+        # Until then it counts as up: playbooks/gateway.yml waits for that.
+        gateway.until(lambda: "INI" not in gateway.pool("npu-03")["status"])
+        assert not gateway.pool("npu-03")["serves"]
+        instances["npu-03"].start()
+
+
 def test_what_was_drained_while_it_was_down_comes_back_when_it_is_up() -> None:
     with fleet() as (gateway, instances):
         instances["npu-02"].kill()
@@ -187,7 +200,7 @@ def test_one_that_leaves_is_not_asked_and_the_pool_may_change_around_it() -> Non
             gateway.reload()
             assert "MAINT" in gateway.pool("npu-03")["status"]
             assert gateway.pool("npu-03")["others"] == ["npu-00", "npu-01", "npu-02"]
-            del gateway.instances["npu-03"]
+            gateway.instances = {name: one for name, one in gateway.instances.items() if name != "npu-03"}
             gateway.reload()
             assert not gateway.pool("npu-03")["member"]
             assert not gateway.pool("npu-03", "drained")["changed"]
@@ -281,7 +294,7 @@ def test_of_two_that_are_drained_at_once_one_stays_when_one_must(monkeypatch: py
     def looks_together(options: dict[str, Any]) -> gateway_pool.Pool:
         pool = look(options)
         # Without a lock both have looked before one is ordered; with one the other never comes.
-        with contextlib.suppress(threading.BrokenBarrierError):
+        with suppress(threading.BrokenBarrierError):
             both.wait(1)
         return pool
 
@@ -344,6 +357,45 @@ def test_the_instance_with_the_fewest_requests_gets_the_next() -> None:
         assert [answer(connection).status for connection in (first, second)] == [200, 200]
 
 
+def test_a_full_instance_is_asked_for_its_health_all_the_same() -> None:
+    with fleets.before_a_front(8, gateway_instance_connections=6) as (gateway, engine), ExitStack() as stack:
+        clients = [stack.enter_context(gateway.connect()) for _ in range(8)]
+        for client in clients:
+            client.sendall(gateway.post(b'{"hold":true}'))
+        gateway.until(lambda: gateway.pool("npu-01")["in_flight"] == 6)
+
+        def asked() -> int:
+            return [path for path, *_ in engine.requests].count("/health")
+
+        before = asked()
+        gateway.until(lambda: asked() > before + 3)
+        pool = gateway.pool("npu-01")
+        assert (pool["serves"], pool["in_flight"]) == (True, 6)
+        engine.release.set()
+        assert [answer(client).status for client in clients] == [200] * 8
+
+
+def test_what_finds_no_room_waits_for_it_and_is_then_told_to_come_back() -> None:
+    limits = {"gateway_instance_connections": 1, "gateway_queue_timeout_seconds": 2, "ocr_front_retry_after_seconds": 9}
+    with fleet(**limits) as (gateway, instances), ExitStack() as stack:
+        held = [stack.enter_context(gateway.connect()) for _ in NAMES]
+        for client in held:
+            client.sendall(gateway.post(b'{"hold":true}'))
+        gateway.until(lambda: all(len(instance.begun) == 1 for instance in instances.values()))
+        started = time.monotonic()
+        told = gateway.ask(gateway.post(b"{}"))
+        assert (told.status, told.headers["retry-after"]) == (503, "9")
+        assert time.monotonic() - started >= 2
+        assert all(gateway.pool(name)["serves"] for name in NAMES)
+        with gateway.connect() as waiting:
+            waiting.sendall(gateway.post(b"{}"))
+            gateway.until(lambda: gateway.waiting() == 1)
+            for instance in instances.values():
+                instance.release.set()
+            assert [answer(client).status for client in (*held, waiting)] == [200] * 4
+        assert gateway.finished().count("end=sQ") == 1
+
+
 @pytest.mark.parametrize("drained", [False, True], ids=["fell out", "drained"])
 def test_one_that_comes_back_gets_its_share_little_by_little(drained: bool) -> None:
     with fleet(gateway_slow_start_seconds=6) as (gateway, instances):
@@ -371,6 +423,40 @@ def test_a_chunk_arrives_before_the_reply_ends() -> None:
             instance.release.set()
         while not received.endswith(b"0\r\n\r\n"):
             received += connection.recv(4096)
+
+
+def test_a_gateway_whose_connections_are_all_taken_keeps_its_address() -> None:
+    shared = {"gateway_virtual_address": "192.0.2.100/24", "gateway_virtual_interface": "lo"}
+    with fleet(ocr_front_max_connections=4, **shared) as (gateway, _), ExitStack() as stack:
+        for _ in range(4):
+            client = stack.enter_context(gateway.connect())
+            client.sendall(gateway.post(b"{}"))
+            assert answer(client).status == 200
+        with gateway.connect() as further:
+            further.sendall(gateway.post(b"{}"))
+            # As keepalived asks it.
+            program = PROJECT / "roles" / "gateway" / "files" / "gateway_alive.py"
+            asked = subprocess.run([sys.executable, program, gateway.run / "alive.sock"], check=False)
+            assert asked.returncode == 0
+            stack.close()
+            assert answer(further).status == 200
+
+
+def test_the_gateway_tells_of_its_pool_whoever_may_ask_and_of_no_engine() -> None:
+    may = {"ocr_front_metrics_enabled": True, "ocr_front_metrics_sources": ["127.0.0.0/8"]}
+    with fleet(**may) as (gateway, instances):
+        instances["npu-01"].kill()
+        gateway.until(lambda: not gateway.pool("npu-01")["serves"])
+        told = gateway.ask(gateway.head("/metrics/front"))
+        lines = told.body.decode().splitlines()
+        assert told.status == 200
+        # As the rules have them.
+        assert 'haproxy_backend_active_servers{proxy="engine"} 2' in lines
+        up = [line for line in lines if line.startswith("haproxy_server_status{") and 'state="UP"' in line]
+        assert len(up) == len(NAMES)
+        assert gateway.ask(gateway.head("/metrics/front", None)).status == 401
+        assert gateway.ask(gateway.head("/metrics")).status == 404
+        instances["npu-01"].start()
 
 
 def test_clients_have_keys_of_the_gateways_and_instances_one_of_their_own() -> None:

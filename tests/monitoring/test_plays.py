@@ -23,6 +23,11 @@ def test_each_host_is_read_as_it_is_exposed_and_what_is_down_is_told(tmp_path: P
             "npu-01": FRONT | tls | {"glm_ocr_port": port},
             "npu-02": {"glm_ocr_exposure": "direct", "glm_ocr_port": port, "host_exporter_npu_port": npu},
         },
+        # One whose own metrics are read, and one whose port alone is asked, for which no key is needed.
+        gateways={
+            "gw-01": FRONT | {"ansible_host": "127.0.0.1", "glm_ocr_port": port, "ocr_front_metrics_enabled": True},
+            "gw-02": {"ansible_host": "127.0.0.1", "glm_ocr_port": port, "glm_ocr_keys": {"validation": "w" * 32}},
+        },
         monitoring_key_name="prometheus",
         monitoring_tls_names={"npu-01": "ocr.example.org"},
     )
@@ -46,10 +51,26 @@ def test_each_host_is_read_as_it_is_exposed_and_what_is_down_is_told(tmp_path: P
     assert "authorization" not in jobs["glm_ocr_engine/npu-02"]
     assert "glm_ocr_front/npu-02" not in jobs
     assert [one["labels"]["instance"] for one in jobs["glm_ocr_npu"]["static_configs"]] == ["npu-02"]
+    assert [name for name in jobs if "gw-0" in name] == [
+        "glm_ocr_gateway/gw-01",
+        "glm_ocr_probe/gw-01",
+        "glm_ocr_probe/gw-02",
+    ]
+    gateway = jobs["glm_ocr_gateway/gw-01"]
+    assert gateway["metrics_path"] == "/metrics/front"
+    assert gateway["static_configs"][0]["labels"] == {
+        "job": "glm_ocr_gateway",
+        "instance": "gw-01",
+        "exposure": "front",
+    }
+    assert (tmp_path / "etc" / "keys" / "gw-01").read_text() == "p" * 32
+    assert [one["labels"]["instance"] for one in jobs["glm_ocr_host"]["static_configs"]] == ["npu-01", "npu-02"]
     modules = yaml.safe_load((tmp_path / "etc" / "blackbox.yml").read_text())["modules"]
     assert {name: module["http"]["valid_status_codes"] for name, module in modules.items()} == {
         "npu-01": [401],
         "npu-02": [200],
+        "gw-01": [401],
+        "gw-02": [401],
     }
 
 
@@ -80,6 +101,7 @@ def test_the_instances_of_a_host_share_its_exporter(tmp_path: Path) -> None:
         ({"monitoring_key_name": "nobody"}, "npu-01: glm_ocr_keys must have the key that monitoring_key_name names"),
         ({"monitoring_hosts": []}, "monitoring_hosts must name a host to watch, found none"),
         ({"monitoring_hosts": ["npu-09"]}, "monitoring_hosts: the inventory has no host npu-09"),
+        ({"monitoring_gateways": ["gw-09"]}, "monitoring_gateways: the inventory has no host gw-09"),
         ({"monitoring_objectives": {"npu_celsius": "hot"}}, "monitoring_objectives must have request_seconds"),
         ({"monitoring_objectives": {"npu_celsius": "hot"}}, "npu_celsius in monitoring_objectives must be a number"),
     ],

@@ -9,7 +9,7 @@ import socketserver
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -140,7 +140,7 @@ def reset(connection: socket.socket) -> None:
 class Gateway(fronts.Front):
     group, template = "gateway", "gateway.cfg.j2"
 
-    def __init__(self, folder: Path, instances: dict[str, Instance], **variables: Any) -> None:
+    def __init__(self, folder: Path, instances: Mapping[str, Instance | fronts.Front], **variables: Any) -> None:
         super().__init__(folder, **variables)
         self.run = folder / "run"
         self.run.mkdir()
@@ -172,6 +172,7 @@ class Gateway(fronts.Front):
             "gateway_check_timeout_seconds": 1,
             "gateway_slow_start_seconds": 1,
             "__gateway_socket": self.pool_at["socket"],
+            "__gateway_alive_socket": str(self.run / "alive.sock"),
             "__gateway_states": self.pool_at["states"],
             "__gateway_key": str(key),
             **self.given,
@@ -201,10 +202,16 @@ class Gateway(fronts.Front):
         return row[name]
 
     def weight(self, instance: str) -> int:
+        return self._counted("weight", instance)
+
+    def waiting(self) -> int:
+        """Requests that no instance has room for."""
+        return self._counted("qcur", "BACKEND")
+
+    def _counted(self, name: str, of: str) -> int:
         rows = [row.split(",") for row in gateway_pool.say(self.pool_at["socket"], "show stat").splitlines()]
-        column = rows[0].index("weight")
-        (row,) = [row for row in rows if row[:2] == ["engine", instance]]
-        return int(row[column])
+        (row,) = [row for row in rows if row[:2] == ["engine", of]]
+        return int(row[rows[0].index(name)])
 
     def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + fronts.SECONDS
@@ -227,6 +234,22 @@ def fleet(**variables: Any) -> Iterator[tuple[Gateway, dict[str, Instance]]]:
         stack.callback(gateway.stop)
         gateway.start()
         yield gateway, instances
+
+
+@contextmanager
+def before_a_front(connections: int, **variables: Any) -> Iterator[tuple[Gateway, fronts.Engine]]:
+    """A gateway before one instance, npu-01: a front as it is deployed, with so many connections, and its engine."""
+    with fronts.folder() as before, fronts.folder() as behind, ExitStack() as stack:
+        front = fronts.Front(behind, ocr_front_max_connections=connections)
+        stack.callback(front.stop)
+        front.keys["gateway"] = INTERNAL_KEY
+        front.start()
+        engine = stack.enter_context(fronts.serving(front.socket))
+        front.open()
+        gateway = Gateway(before, {"npu-01": front}, **variables)
+        stack.callback(gateway.stop)
+        gateway.start()
+        yield gateway, engine
 
 
 @contextmanager

@@ -58,10 +58,20 @@ def requirement() -> None:
 
 
 class Monitoring:
-    """``playbooks/monitoring.yml`` over ``hosts``, watched from another, ``monitor-01``; all are this machine."""
+    """``playbooks/monitoring.yml`` over ``hosts``, watched from another, ``monitor-01``; all are this machine.
 
-    def __init__(self, folder: Path, hosts: dict[str, dict[str, Any]], **variables: Any) -> None:
+    ``gateways`` are before them, and are no hosts of the play.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        hosts: dict[str, dict[str, Any]],
+        gateways: dict[str, dict[str, Any]] | None = None,
+        **variables: Any,
+    ) -> None:
         self.folder = folder
+        self.gateways = gateways or {}
         prometheus, prober, exporter = free_ports(3)
         self.url = f"http://127.0.0.1:{prometheus}"
         (folder / "systemctl.py").write_text(SYSTEMCTL.format(folder=str(folder)))
@@ -86,6 +96,8 @@ class Monitoring:
 
     def play(self, *options: str) -> Played:
         groups = {"ascend910": {"hosts": self.hosts}, "monitoring": {"hosts": {"monitor-01": HERE}}}
+        if self.gateways:
+            groups["gateway"] = {"hosts": self.gateways}
         (self.folder / "hosts.yml").write_text(yaml.safe_dump(groups))
         if not (self.folder / "group_vars").exists():
             (self.folder / "group_vars").symlink_to(PROJECT / "inventory" / "group_vars")
