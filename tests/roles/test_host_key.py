@@ -31,11 +31,12 @@ class Site:
         told = subprocess.run(["ssh-keygen", "-lf", f"{path}.pub"], check=True, capture_output=True, text=True)
         return told.stdout.split()[1]
 
-    def join(self, **variables: Any) -> Played:
+    def join(self, address: str = "npu-01.example", **variables: Any) -> Played:
         path = self.folder / "join.yml"
         path.write_text(yaml.safe_dump(PLAY))
-        given = {"host_key_known_hosts": str(self.known), "ansible_host": "npu-01.example", **variables}
-        return play(self.folder, str(path), {"npu-01": HERE}, "-e", json.dumps(given))
+        host = HERE | ({"ansible_host": address} if address else {})
+        given = {"host_key_known_hosts": str(self.known), **variables}
+        return play(self.folder, str(path), {"npu-01": host}, "-e", json.dumps(given))
 
 
 @pytest.fixture
@@ -70,3 +71,8 @@ def test_a_host_that_does_not_answer_is_told_of(site: Site) -> None:
     played = site.join(host_key_fingerprint=site.key)
     assert played.rc != 0
     assert "no key: it does not answer" in played.output
+
+
+def test_a_host_without_an_address_is_known_by_its_name(site: Site) -> None:
+    assert site.join("", host_key_fingerprint=site.key).rc == 0
+    assert site.known.read_text().startswith("npu-01 ")
