@@ -145,7 +145,7 @@ class Gateway(fronts.Front):
         self.run = folder / "run"
         self.run.mkdir()
         shutil.chown(self.run, fronts.USER, fronts.USER)
-        self.instances = instances
+        self.instances: dict[str, Instance | fronts.Front] = dict(instances)
         (folder / "var").mkdir()
         self.pool_at = {
             "socket": str(self.run / "admin.sock"),
