@@ -224,6 +224,7 @@ def test_instances_with_addresses_of_either_family_fit(tmp_path: Path) -> None:
             "the length of its network, such as 192.0.2.10/24, found",
         ),
         (SHARED | {"gateway_virtual_interface": ""}, "gateway_virtual_interface must name the interface"),
+        (SHARED | {"glm_ocr_bind_address": "192.0.2.10"}, "must be 0.0.0.0 where gateways share an address"),
         (SHARED | {"gateway_virtual_router_id": 256}, "must be 1 to 255, found 256"),
         (SHARED | {"gateway_peers": ["gw-01"]}, "must be 2 to 100 hosts, gw-01 among them, found gw-01"),
         (SHARED | {"gateway_peers": ["gw-01", "gw-02", "gw-09"]}, "must be hosts of the inventory, found gw-09"),
@@ -233,3 +234,17 @@ def test_instances_with_addresses_of_either_family_fit(tmp_path: Path) -> None:
 def test_what_cannot_be_rendered_is_named(overrides: dict[str, Any], complaint: str, tmp_path: Path) -> None:
     (problem,) = gateway(tmp_path, **overrides).template("{{ __gateway_problems }}")
     assert complaint in problem
+
+
+def test_every_instance_of_a_host_asks_the_same_gateway(tmp_path: Path) -> None:
+    asked = HostVariables(tmp_path, glm_ocr_instance=1).template("{{ __gateway_pool }}")
+    assert asked["instance"] == "npu-01"
+    socket = gateway_socket(asked["service"])
+    assert (asked["service"], asked["socket"]) == ("glm-ocr-gateway", socket)
+
+
+def gateway_socket(service: str) -> str:
+    """As the gateway's own configuration has it."""
+    (line,) = [one for one in (GOLDEN / "gateway.haproxy.cfg").read_text().splitlines() if "stats socket" in one]
+    assert service in line
+    return line.split()[2]
