@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import grp
 import json
 import re
+import shutil
 import stat
 import sys
 from pathlib import Path
@@ -19,6 +21,8 @@ from playing import HERE, Played, installed_scripts, play, stub
 from rendering import PROJECT
 
 ENGINE = PROJECT / "tests" / "support" / "running_engine.py"
+#: As ssh writes a public key: the lengths of its parts before them.
+SSH_KEY = b"\0\0\0\x0bssh-ed25519\0\0\0\x20" + b"k" * 32
 
 #: Runs the shell lines of the installed unit that go with a verb; ``active`` is there while it "runs", ``calls`` has
 #: the verbs, and with ``broken`` they fail.
@@ -214,16 +218,14 @@ def test_a_validation_with_a_key_that_is_not_known_says_so(tmp_path: Path) -> No
     assert not engine.requests
 
 
-def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone(host: Host) -> None:
-    internal = "i" * 48
-    keys = {"validation": "n" * 32, "gateway": internal}
-    instances = {"npu-01": host.variables | {"ansible_host": "192.0.2.11", "glm_ocr_keys": keys}}
+def gateway_here(host: Host) -> dict[str, str]:
+    """Where the host has the files of a gateway."""
     # The same tasks remove a shared address, which is not there.
     etc, unit = (
         f"{host.folder}/{{{{ '{name}' if __ocr_front_service == 'glm-ocr-gateway' else 'none' }}}}"
         for name in ("etc", "front.service")
     )
-    inner = {
+    return {
         "__gateway_dir": str(host.folder / "etc"),
         "__gateway_socket": str(host.folder / "admin.sock"),
         "__gateway_states_dir": str(host.folder / "var"),
@@ -233,6 +235,13 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
         "__ocr_front_started": str(host.folder / "started"),
         "__deploy_lock_path": str(host.folder / "lock"),
     }
+
+
+def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone(host: Host) -> None:
+    internal = "i" * 48
+    keys = {"validation": "n" * 32, "gateway": internal}
+    instances = {"npu-01": host.variables | {"ansible_host": "192.0.2.11", "glm_ocr_keys": keys}}
+    inner = gateway_here(host)
 
     def bring(*options: str) -> Played:
         gateways = {"gw-01": host.variables}
@@ -287,6 +296,30 @@ def test_a_gateway_is_brought_with_the_keys_of_its_instances_and_then_left_alone
     (drained,) = (host.folder / "var" / "servers").read_text().splitlines()[2:]
     assert " npu-01 - 2 8 " in drained
     assert drained.endswith(" 8005 -")
+
+
+def test_the_only_instance_joins_a_gateway_that_knows_it(host: Host) -> None:
+    """The real onboarding and gateway; of deployment and validation nothing."""
+    folder = host.folder / "playbooks"
+    folder.mkdir()
+    for name in ("onboard", "gateway"):
+        shutil.copy(PROJECT / "playbooks" / f"{name}.yml", folder)
+    for name in ("deploy", "validate"):
+        (folder / f"{name}.yml").write_text(yaml.safe_dump([{"hosts": "ascend910", "gather_facts": False}]))
+    (host.folder / "known_hosts").write_text(f"192.0.2.11 ssh-ed25519 {base64.b64encode(SSH_KEY).decode()}\n")
+    # It was brought before.
+    (host.folder / "var").mkdir()
+    given = gateway_here(host) | {"host_key_known_hosts": str(host.folder / "known_hosts")}
+    instances = {"npu-01": HERE | {"ansible_host": "192.0.2.11"}}
+    gateways = {"gw-01": host.variables | {"ansible_host": "192.0.2.10"}}
+    with admin(host.folder / "admin.sock", host.folder / "orders", ["npu-01"]) as states:
+        states["npu-01"] = 8
+        options = ("-l", "npu-01,gateway", "-e", json.dumps(given))
+        played = play(host.folder, str(folder / "onboard.yml"), instances, *options, gateways=gateways)
+        assert played.rc == 0
+        assert "These instances do not serve:" in played.output
+        assert states == {"npu-01": 0}
+        assert (host.folder / "orders").read_text() == "gateway ready npu-01\n"
 
 
 def test_a_pool_that_cannot_be_rendered_stops_before_the_lock(host: Host) -> None:

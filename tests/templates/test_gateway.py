@@ -221,7 +221,11 @@ def test_instances_with_addresses_of_either_family_fit(tmp_path: Path) -> None:
         ({"gateway_check_interval_seconds": 0}, "gateway_check_interval_seconds must be 1 to 9999"),
         (
             SHARED | {"gateway_virtual_address": "192.0.2.100"},
-            "the length of its network, such as 192.0.2.10/24, found",
+            "the length of its network, such as 192.0.2.100/24, found",
+        ),
+        (
+            SHARED | {"gateway_virtual_address": "192.0.2.9/24"},
+            "gateway_virtual_address must be an address of its own, found that of gw-02",
         ),
         (SHARED | {"gateway_virtual_interface": ""}, "gateway_virtual_interface must name the interface"),
         (SHARED | {"glm_ocr_bind_address": "192.0.2.10"}, "must be 0.0.0.0 where gateways share an address"),
