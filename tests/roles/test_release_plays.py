@@ -192,6 +192,17 @@ def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
     assert "HTTP Error 501" in asked.output, "it was asked, and knows no metrics"
 
 
+def test_a_rollback_passes_a_variant_by(host: Host) -> None:
+    """One that a comparison left, because what came before it did not come back."""
+    tried = "c" * 16
+    host.stage(tried)
+    host.store.mark_good(tried, trial=True)
+    host.stage("d" * 16)
+    host.install("d" * 16)
+    assert host.play("playbooks/rollback.yml").rc == 0
+    assert host.running() == NEW
+
+
 # --- the front --------------------------------------------------------------------------------------------
 
 FRONT: dict[str, Any] = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": "v" * 32}}
@@ -369,7 +380,7 @@ def test_a_host_whose_engine_would_restart_is_not_among_those_that_go_at_once(
 def test_a_host_whose_front_would_change_is_not_among_them_either(
     wanted: dict[str, Any], compared: int, settled: str, host: Host
 ) -> None:
-    stub(host.folder / "bin", "sha256sum", f"exit {compared}")
+    stub(host.folder / "bin", "sha256sum", f"cat > /dev/null; exit {compared}")
     assert told_apart(host, **wanted) == settled
 
 
