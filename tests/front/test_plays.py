@@ -9,6 +9,7 @@ import re
 import shutil
 import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,29 @@ class Host:
         }
         return play(self.folder, playbook, {"npu-01": self.variables} | self.others, "-e", json.dumps(inner), *options)
 
-    def start(self) -> None:
+    def enter(self, entry: str, *more: dict[str, Any]) -> Played:
+        """Another entry point of the role, and ``more`` tasks behind it."""
         tasks = [
-            {"ansible.builtin.import_role": {"name": role}} | more
-            for role, more in (("glm_ocr", {}), ("ocr_front", {"when": False}))
+            {"ansible.builtin.import_role": {"name": "glm_ocr"}},
+            {"ansible.builtin.import_role": {"name": "ocr_front"}, "when": False},
+            {"ansible.builtin.include_role": {"name": "ocr_front", "tasks_from": entry}},
+            *more,
         ]
-        tasks.append({"ansible.builtin.include_role": {"name": "ocr_front", "tasks_from": "start"}})
-        path = self.folder / "start.yml"
+        path = self.folder / f"{entry}.yml"
         path.write_text(yaml.safe_dump([{"hosts": "ascend910", "gather_facts": False, "tasks": tasks}]))
-        assert self.play(playbook=str(path)).rc == 0
+        played = self.play(playbook=str(path))
+        assert played.rc == 0
+        return played
+
+    def start(self) -> None:
+        self.enter("start")
+
+    def settled(self) -> bool:
+        """Whether a deployment would leave the front as it is, as the rollout is told."""
+        played = self.enter("settled", {"ansible.builtin.debug": {"msg": "settled: {{ ocr_front_settled }}."}})
+        assert played.recap("npu-01")["changed"] == 0
+        (said,) = re.findall(r"settled: (True|False)\.", played.output)
+        return bool(said == "True")
 
     def calls(self) -> list[str]:
         calls = self.folder / "calls"
@@ -140,6 +155,56 @@ def test_another_unit_is_a_restart(host: Host) -> None:
     host.variables["ocr_front_stop_timeout_seconds"] = 30
     assert host.play().rc == 0
     assert host.calls() == ["start", "restart"]
+
+
+def run_another_unit(host: Host) -> None:
+    (host.folder / "front.service").write_text("[Unit]\n")
+    (host.folder / "started").unlink()
+
+
+def damage_the_keys(host: Host) -> None:
+    for path in (host.folder / "etc").glob("keys-*.map"):
+        path.write_text("")
+
+
+def owe_a_restart(host: Host) -> None:
+    host.variables["ocr_front_stop_timeout_seconds"] = 30
+    (host.folder / "broken").touch()
+    assert host.play().rc != 0
+
+
+def end(host: Host) -> None:
+    """With its unit its folder of /run goes."""
+    for name in ("started", "loaded"):
+        (host.folder / name).unlink()
+
+
+def want(**variables: Any) -> Callable[[Host], None]:
+    return lambda host: host.variables.update(variables)
+
+
+@pytest.mark.parametrize(
+    "befell",
+    [
+        want(ocr_front_body_limit_mib=17),
+        want(glm_ocr_port=8001),
+        want(glm_ocr_keys=KEYS | {"carol": "c" * 40}),
+        run_another_unit,
+        damage_the_keys,
+        owe_a_restart,
+        end,
+    ],
+)
+def test_a_front_that_a_deployment_would_change_is_not_settled(befell: Callable[[Host], None], host: Host) -> None:
+    assert not host.settled(), "there is none yet"
+    assert host.play().rc == 0
+    assert not host.settled(), "it does not run yet"
+    host.start()
+    assert host.settled()
+    befell(host)
+    before = host.calls()
+    assert not host.settled()
+    assert host.calls() == before
 
 
 def test_one_that_cannot_follow_stops_the_others_before_they_are_touched(host: Host) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,8 @@ DEPLOY = """
   tasks:
     - ansible.builtin.shell: >-
         echo
-        '{{ vllm_service_keep_releases }} {{ vllm_service_operator }} {{ glm_ocr_gateways | default([]) | length }}' >>
+        '{{ vllm_service_keep_releases }} {{ vllm_service_operator }} {{ glm_ocr_gateways | default([]) | length }}{{
+        ' joins' if glm_ocr_joins | default(false) | bool }}{{ ' trial' if vllm_service_trial | default(false) }}' >>
         {{ site }}/deployed
     - name: Run | Start it
       ansible.builtin.fail: {msg: "no such flag, [secretless]"}
@@ -73,9 +76,15 @@ class Site:
         (self.project / "validate.yml").write_text(VALIDATE)
         (folder / "report.json").write_text(json.dumps(report(bench(phase("latency", 1)))))
 
-    def compare(self, variants: Any, *more: str, hosts: tuple[str, ...] = ("npu-01",)) -> Played:
+    def compare(
+        self,
+        variants: Any,
+        *more: str,
+        hosts: tuple[str, ...] = ("npu-01",),
+        others: Mapping[str, Any] | None = None,
+    ) -> Played:
         own = {**HERE, **OWN, "ocr_compare_variants": variants}
-        groups = {"ascend910": {"hosts": dict.fromkeys(hosts, own)}}
+        groups = {"ascend910": {"hosts": {**dict.fromkeys(hosts, own), **(others or {})}}}
         (self.folder / "hosts.yml").write_text(yaml.safe_dump(groups, sort_keys=False))
         variables = {"site": str(self.folder), "glm_ocr_reports_dir": str(self.folder / "reports")}
         return ansible_playbook(
@@ -110,7 +119,10 @@ def test_every_variant_is_measured_though_one_fails_and_the_inventorys_choice_co
     played = site.compare(variants, "-e", "vllm_service_operator=someone")
     assert played.rc != 0
     # The command line's own variables hold for all of them.
-    assert site.deployed() == ["2 someone 0", "5 someone 0", "3 someone 0", "5 someone 0"]
+    assert site.deployed() == [
+        *("2 someone 0 trial", "5 someone 0 trial", "3 someone 0 trial"),
+        "5 someone 0 joins",
+    ]
     comparison = site.comparison()
     assert comparison["verdict"] == "FAIL"
     assert [one["name"] for one in comparison["variants"]] == list(variants)
@@ -130,28 +142,44 @@ def test_all_measured_is_green(site: Site) -> None:
     assert "| as-it-is | latency, 1 at a time | 1.25 |" in played.output
 
 
-def test_the_host_is_out_of_the_pools_until_the_inventorys_choice_is_back(site: Site) -> None:
+@contextmanager
+def behind_a_gateway(site: Site) -> Iterator[str]:
+    """The variables that say so; what the gateway is told is among the deployments."""
     socket = site.folder / "admin.sock"
-    before = {
+    given = {
         "glm_ocr_gateways": ["localhost"],
         "__gateway_socket": str(socket),
         "__gateway_states": f"{socket}.states",
     }
     with admin(socket, site.folder / "deployed", ["npu-01", "npu-02"]):
-        played = site.compare({"two": {"vllm_service_keep_releases": 2}}, "-e", json.dumps(before))
+        yield json.dumps(given)
+
+
+def test_the_host_is_out_of_the_pools_until_the_inventorys_choice_is_back(site: Site) -> None:
+    with behind_a_gateway(site) as gateway:
+        played = site.compare({"two": {"vllm_service_keep_releases": 2}}, "-e", gateway)
     assert played.rc == 0
-    left, *deployed = site.deployed()
-    assert "npu-01" in left
-    # The variant knows no gateway that would send it clients.
-    assert deployed == ["2 inventory 0", "5 inventory 1"]
+    left, *deployed, back = site.deployed()
+    assert ("drain npu-01" in left, "ready npu-01" in back) == (True, True)
+    # The variant knows no gateway that would send it clients, and the way back leaves that to the comparison.
+    assert deployed == ["2 inventory 0 trial", "5 inventory 1 joins"]
 
 
-def test_a_choice_that_does_not_come_back_is_said_first(site: Site) -> None:
-    played = site.compare({"two": {"vllm_service_keep_releases": 2}}, "-e", "lost=1")
+def test_a_choice_that_does_not_come_back_is_said_first_and_no_client_meets_what_runs_instead(site: Site) -> None:
+    with behind_a_gateway(site) as gateway:
+        played = site.compare({"two": {"vllm_service_keep_releases": 2}}, "-e", "lost=1", "-e", gateway)
     assert played.rc != 0
     assert site.comparison()["verdict"] == "ERROR"
-    assert "npu-01 may run a variant, or nothing" in " ".join(played.output.split())
-    assert "ansible-playbook deploy.yml -l npu-01 brings the choice back" in " ".join(played.output.split())
+    told = " ".join(played.output.split())
+    assert "npu-01 may run a variant, or nothing" in told
+    assert "ansible-playbook deploy.yml -l npu-01 -e glm_ocr_joins=true brings the choice back, and the same" in told
+    assert site.deployed()[-1] == "5 inventory 1 joins"
+
+
+def test_what_the_command_line_says_is_in_no_log(site: Site) -> None:
+    played = site.compare({"as-it-is": {}}, "-vvv", "-e", "somebodys=secret-of-the-command-line")
+    assert played.rc == 0
+    assert "secret-of-the-command-line" not in played.output
 
 
 @pytest.mark.parametrize(
@@ -178,6 +206,14 @@ def test_two_hosts_are_refused_and_check_mode_compares_nothing(site: Site) -> No
     refused = site.compare({"a": {}}, hosts=("npu-01", "npu-02"))
     assert "expected one host, found npu-01, npu-02" in " ".join(refused.output.split())
     assert site.compare({"a": {}}, "--check").rc == 0
+    assert site.deployed() == []
+
+
+def test_a_variant_has_nothing_that_another_line_of_its_host_would_have_too(site: Site) -> None:
+    second = {"npu-01-1": {**HERE, "ansible_host": "npu-01", "glm_ocr_instance": 1}}
+    refused = site.compare({"a": {"glm_ocr_devices": ["/dev/davinci0"]}}, "-l", "npu-01", others=second)
+    told = " ".join(refused.output.split())
+    assert "glm_ocr_devices in ocr_compare_variants would be that of npu-01-1 too, on the same host" in told
     assert site.deployed() == []
 
 

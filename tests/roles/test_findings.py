@@ -71,7 +71,7 @@ def every_finding() -> list[dict[str, Any]]:
         *host_checks.check_container("glm-ocr", {}, "docker"),
         *host_checks.check_port(8000, [holder], None),
         *host_checks.check_space("image", "/", 0, 1, "ascend_host_image_space_gib"),
-        *host_checks.check_host_memory(0, 1),
+        *host_checks.check_host_memory(0, 1, 1),
         *host_checks.check_shm("0", 1),
         *host_checks.check_clock(0, 99, 1),
         *host_checks.check_devices([], []),

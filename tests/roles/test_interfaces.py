@@ -101,5 +101,6 @@ def test_a_boolean_is_one_also_when_it_comes_from_the_command_line() -> None:
     sources += [path for folder in ROLE_FOLDERS for pattern in SOURCES for path in folder.glob(pattern)]
     for line in text_of(sources).splitlines():
         for name in set(re.findall(r"\b\w+_\w+\b", line)) & booleans:
-            given = rf"^\s*(#|{name}: )|: \"{{{{ {name} }}}}\"$|-e {name}=|\b{name} is off|\b{name} \| bool\b"
+            set_to = rf"^\s*{name}: |'{name}': |-e,? {name}="
+            given = rf"^\s*#|{set_to}|: \"{{{{ {name} }}}}\"$|\b{name} is off|\b{name} \| bool\b"
             assert re.search(given, line), line

@@ -24,7 +24,7 @@ from ansible.module_utils.weights_manifest import fingerprint, list_files
 import fake_host
 from fake_gateway import admin, configuration
 from model_files import NANO, NANO_MANIFEST, flip, sha256
-from playing import HERE, Played, play
+from playing import HERE, Played, play, stub
 from rendering import PROJECT
 
 OLD, NEW = "a" * 16, "b" * 16
@@ -192,6 +192,17 @@ def test_a_drain_asks_where_the_installed_release_listens(host: Host) -> None:
     assert "HTTP Error 501" in asked.output, "it was asked, and knows no metrics"
 
 
+def test_a_rollback_passes_a_variant_by(host: Host) -> None:
+    """One that a comparison left, because what came before it did not come back."""
+    tried = "c" * 16
+    host.stage(tried)
+    host.store.mark_good(tried, trial=True)
+    host.stage("d" * 16)
+    host.install("d" * 16)
+    assert host.play("playbooks/rollback.yml").rc == 0
+    assert host.running() == NEW
+
+
 # --- the front --------------------------------------------------------------------------------------------
 
 FRONT: dict[str, Any] = {"glm_ocr_exposure": "front", "glm_ocr_keys": {"validation": "v" * 32}}
@@ -354,6 +365,23 @@ def test_a_host_whose_engine_would_restart_is_not_among_those_that_go_at_once(
 ) -> None:
     befell(host)
     assert told_apart(host, **wanted) == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "compared", "settled"),
+    [
+        (FRONT, 0, "npu-01 npu-02"),
+        # Restarted or reloaded, or at a port that no gateway knows, on all hosts at once.
+        (FRONT, 1, ""),
+        # Nothing is asked where the engine has the port.
+        ({}, 1, "npu-01 npu-02"),
+    ],
+)
+def test_a_host_whose_front_would_change_is_not_among_them_either(
+    wanted: dict[str, Any], compared: int, settled: str, host: Host
+) -> None:
+    stub(host.folder / "bin", "sha256sum", f"cat > /dev/null; exit {compared}")
+    assert told_apart(host, **wanted) == settled
 
 
 def test_one_host_alone_is_not_asked(host: Host) -> None:

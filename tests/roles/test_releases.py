@@ -141,6 +141,23 @@ def test_pruning_keeps_the_last_good_ones_and_the_protected(store: Store) -> Non
     assert store.prune(1, protect="c") == ["a", "b"]
 
 
+def test_a_trial_takes_no_kept_ones_place_and_ends_with_the_next(store: Store) -> None:
+    stage(store, "a", "b", "one", "two")
+    good(store, "a", 1)
+    good(store, "b", 2)
+    for at, identifier in ((3, "one"), (4, "two")):
+        store.mark_good(identifier, trial=True)
+        os.utime(store.path(identifier, "good"), (at, at))
+    assert [release.id for release in store.all() if release.trial] == ["two", "one"]
+    assert store.prune(2, protect="two") == ["one"]
+    # What the inventory had wanted is tried too: it remains what it was.
+    store.mark_good("b", trial=True)
+    assert [release.id for release in store.all() if release.trial] == ["two"]
+    store.mark_good("two")
+    assert not [release for release in store.all() if release.trial]
+    assert store.prune(2, protect="two") == ["a"]
+
+
 def test_the_history_is_told_oldest_first(store: Store) -> None:
     stage(store, "a")
     for number in range(3):

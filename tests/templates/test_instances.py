@@ -118,15 +118,18 @@ def problems(*lines: dict[str, Any]) -> list[str]:
 
 FIRST = line("npu-03", 0)
 BOTH = "npu-03 and npu-03-1 are one host, 192.0.2.13, and both have "
+OWN_INSTANCE = ": give each line its own glm_ocr_instance, and leave glm_ocr_service_name out of groups and of -e"
+OWN_VALUE = ": give each line its own; with -e all lines have it"
 
 
 @pytest.mark.parametrize(
     ("other", "found"),
     [
         (line("npu-03-1", 1), []),
-        (line("npu-03-1", 0), ["the service glm-ocr: give each line its own glm_ocr_instance"]),
-        (line("npu-03-1", 1, own={"glm_ocr_port": "8000"}), ["glm_ocr_port 8000: give each its own"]),
-        (line("npu-03-1", 1, devices=["/dev/davinci0"]), ["/dev/davinci0 in glm_ocr_devices: give each its own"]),
+        (line("npu-03-1", 0), ["the service glm-ocr" + OWN_INSTANCE]),
+        (line("npu-03-1", 1, service="glm-ocr"), ["the service glm-ocr" + OWN_INSTANCE]),
+        (line("npu-03-1", 1, own={"glm_ocr_port": "8000"}), ["glm_ocr_port 8000" + OWN_VALUE]),
+        (line("npu-03-1", 1, devices=["/dev/davinci0"]), ["/dev/davinci0 in glm_ocr_devices" + OWN_VALUE]),
         (line("npu-03-1", 0, host="192.0.2.14"), []),
         (line("npu-03-1", 0, ssh_port=2222), []),
         (line("npu-03-1", 0, service="other", own={"glm_ocr_port": 8001}, devices=[]), []),
@@ -140,8 +143,8 @@ def test_folders_that_the_inventory_names_are_told_where_they_are_the_same() -> 
     own = {"glm_ocr_state_dir": "/data/ocr", "vllm_watchdog_textfile": "/textfiles/ocr.prom"}
     told = problems(line("npu-03", 0, own=own), line("npu-03-1", 1, own=own))
     assert told == [
-        f"{BOTH}glm_ocr_state_dir /data/ocr: give each its own",
-        f"{BOTH}vllm_watchdog_textfile /textfiles/ocr.prom: give each its own",
+        f"{BOTH}glm_ocr_state_dir /data/ocr{OWN_VALUE}",
+        f"{BOTH}vllm_watchdog_textfile /textfiles/ocr.prom{OWN_VALUE}",
     ]
 
 

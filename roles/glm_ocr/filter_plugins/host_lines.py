@@ -39,10 +39,13 @@ def shared_with(lines: Sequence[Line], name: str) -> list[str]:
 def shared(one: Line, other: Line) -> list[str]:
     pair = f"{one['line']} and {other['line']} are one host, {one['host']}, and both have "
     if one["service"] == other["service"]:
-        return [f"{pair}the service {one['service']}: give each line its own glm_ocr_instance"]
+        return [
+            f"{pair}the service {one['service']}: give each line its own glm_ocr_instance,"
+            " and leave glm_ocr_service_name out of groups and of -e"
+        ]
     both = [f"{name} {value}" for name, value in one["own"].items() if str(value) == str(other["own"][name]) != ""]
     both += [f"{card} in glm_ocr_devices" for card in filter(is_card, one["devices"]) if card in other["devices"]]
-    return [f"{pair}{found}: give each its own" for found in both]
+    return [f"{pair}{found}: give each line its own; with -e all lines have it" for found in both]
 
 
 def is_first_of(lines: Sequence[Line], name: str, played: Collection[str]) -> bool:

@@ -67,6 +67,7 @@ options:
   restart: {type: bool, default: false, description: Whether C(active) restarts what it finds as it should be.}
   journal_lines: {type: int, default: 50, description: Lines of the journal shown when a start fails.}
   keep: {type: int, default: 5, description: How many releases C(good) keeps.}
+  trial: {type: bool, default: false, description: Whether C(good) marks one that is measured alone.}
   by: {type: str, default: "", description: Who does it, for the history.}
   action: {type: str, default: deploy, description: What it is part of, for the history.}
 author: [glm-ocr-ascend]
@@ -83,7 +84,7 @@ good: {type: bool, returned: always, description: Whether C(release) is the one 
 restarted: {type: bool, returned: "when active, and when that failed", description: Whether the service was restarted.}
 watched: {type: bool, returned: always, description: Whether a watchdog is on the host.}
 watchdog: {type: dict, returned: when described, description: What it knows, and its C(age); empty for none.}
-releases: {type: list, elements: dict, returned: when described, description: "Every kept release: id, good_at, record"}
+releases: {type: list, elements: dict, returned: when described, description: "Kept ones: id, good_at, trial, record"}
 history: {type: list, elements: dict, returned: when described, description: The last twenty actions.}
 service: {type: dict, returned: when described, description: What systemd says of the unit.}
 engine_problem: {type: str, returned: when described, description: Why it cannot be told what runs; empty when it can.}
@@ -197,7 +198,8 @@ class Service:
             "image_id": container.get("Image", ""),
             "last_good": last_good.id if last_good else "",
             # A play that died between the swap and the proof leaves another one as the last good: not proven yet.
-            "good": bool(last_good and last_good.id == release),
+            # One that was only tried is proven anew, and then wanted.
+            "good": bool(last_good and last_good.id == release and not last_good.trial),
             "watched": os.path.exists(self.options.get("watchdog_timer") or ""),
         }
 
@@ -319,9 +321,9 @@ def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
     release = service.store.get(options["release"])
     # A release that is good, and was the last one found so, is not marked again.
     latest = service.store.last_good()
-    changed = release is None or latest is None or latest.id != release.id
+    changed = release is None or latest is None or latest.id != release.id or latest.trial
     if changed and not module.check_mode:
-        service.store.mark_good(options["release"])
+        service.store.mark_good(options["release"], options["trial"])
         entry = {"at": now(), "by": options["by"], "action": options["action"], "release": options["release"]}
         service.store.note({**entry, "result": "good"})
         service.store.prune(options["keep"], protect=options["release"])
@@ -329,7 +331,10 @@ def good(module: AnsibleModule, service: Service) -> Dict[str, Any]:
 
 
 def described(module: AnsibleModule, service: Service) -> Dict[str, Any]:
-    releases = [{"id": kept.id, "good_at": kept.good_at, "record": kept.record} for kept in service.store.all()]
+    releases = [
+        {"id": kept.id, "good_at": kept.good_at, "trial": kept.trial, "record": kept.record}
+        for kept in service.store.all()
+    ]
     told = {"releases": releases, "history": service.store.history(20), "service": service.systemd()}
     identified = identity(module, service)
     return {
@@ -376,6 +381,7 @@ def main() -> None:
             "restart": {"type": "bool", "default": False},
             "journal_lines": {"type": "int", "default": 50},
             "keep": {"type": "int", "default": 5},
+            "trial": {"type": "bool", "default": False},
             "by": {"type": "str", "default": ""},
             "action": {"type": "str", "default": "deploy"},
         },

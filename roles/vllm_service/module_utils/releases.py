@@ -2,7 +2,8 @@
 
     STORE/<id>/unit, environment     what is installed when the release is activated
     STORE/<id>/release.json          what it consists of, who staged it and when
-    STORE/<id>/good                  there once it answered its known-answer request; its mtime says when last
+    STORE/<id>/good                  there once it answered its known-answer request; its mtime says when last, and
+                                     there is a word in it when the release was only tried
     STORE/history.jsonl              what was done with them, oldest first
 
 A folder appears complete or not at all, by a rename.  Python 3.8, standard library only: it runs on the host.
@@ -22,13 +23,17 @@ from ansible.module_utils.provided import read, write_atomically
 
 @dataclass(frozen=True)
 class Release:
-    """A kept release; ``good_at`` is seconds since the epoch, None as long as it was not found good."""
+    """A kept release; ``good_at`` is seconds since the epoch, None as long as it was not found good.
+
+    ``trial``: it was good, but nobody wanted it for more than to measure it.
+    """
 
     id: str
     unit: str
     environment: str
     record: Dict[str, Any]
     good_at: Optional[float]
+    trial: bool
 
 
 class Store:
@@ -52,7 +57,7 @@ class Store:
             good_at: Optional[float] = os.stat(self.path(identifier, "good")).st_mtime
         except FileNotFoundError:
             good_at = None
-        return Release(identifier, unit, environment, content, good_at)
+        return Release(identifier, unit, environment, content, good_at, bool(read(self.path(identifier, "good"))))
 
     def folders(self) -> List[str]:
         names = sorted(os.listdir(self.folder)) if os.path.isdir(self.folder) else []
@@ -83,12 +88,15 @@ class Store:
         shutil.rmtree(self.path(identifier), ignore_errors=True)
         os.rename(folder, self.path(identifier))
 
-    def mark_good(self, identifier: str) -> None:
-        write_atomically(self.path(identifier, "good"), "", 0o600)
+    def mark_good(self, identifier: str, trial: bool = False) -> None:
+        """A release that was wanted before remains so when it is tried."""
+        path = self.path(identifier, "good")
+        write_atomically(path, "trial\n" if trial and read(path) != "" else "", 0o600)
 
     def prune(self, keep: int, protect: str) -> List[str]:
-        """Deletes all but the ``keep`` that were good last and ``protect``; also what a killed run left half-staged."""
-        stay = {release.id for release in self.all()[:keep]} | {protect}
+        """Deletes all but ``protect`` and the ``keep`` that were good last, trials too; also what a killed run left."""
+        wanted = [release.id for release in self.all() if not release.trial]
+        stay = {*wanted[:keep], protect}
         gone = [name for name in self.folders() if name not in stay]
         for name in gone:
             shutil.rmtree(self.path(name))
