@@ -158,6 +158,16 @@ def test_a_trial_takes_no_kept_ones_place_and_ends_with_the_next(store: Store) -
     assert store.prune(2, protect="two") == ["a"]
 
 
+def test_a_trial_that_is_wanted_after_all_is_proven_anew(store: Store, tmp_path: Path) -> None:
+    stage(store, "a")
+    store.mark_good("a", trial=True)
+    service = service_of(store, tmp_path)
+    assert service.identity({}, "a")["last_good"] == "a", "it can be put back"
+    assert not service.identity({}, "a")["good"]
+    store.mark_good("a")
+    assert service.identity({}, "a")["good"]
+
+
 def test_the_history_is_told_oldest_first(store: Store) -> None:
     stage(store, "a")
     for number in range(3):
