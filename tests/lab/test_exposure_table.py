@@ -146,7 +146,7 @@ def test_what_the_front_refuses_and_what_gets_through_without_it(
         rows.append(row)
         print(row, flush=True)
     if target := os.environ.get("EXPOSURE_PAGE"):
-        (PROJECT / target).write_text(page(rows))
+        (PROJECT / target).write_text(page(rows, requests.get(f"{url}/version", timeout=30).json()["version"]))
     # The last one of the list was the end of the engine, or not: the next test finds one that serves.
     assert serves(url)
     # The front was not tried with what would be refused anyway.
@@ -158,8 +158,8 @@ def cells(told: Told) -> str:
     return f"{status} | {told.seconds:.2f}"
 
 
-def page(rows: list[Row]) -> str:
-    """docs/exposure.md: what the last run measured."""
+def page(rows: list[Row], version: str) -> str:
+    """docs/exposure.md: what the last run measured, with an engine of that version."""
     today = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}"
     passed = [row for row in rows if row.inferred]
     ended = [row for row in rows if not row.serves]
@@ -172,7 +172,8 @@ def page(rows: list[Row]) -> str:
         f"nothing came for {SECONDS[ASKED]:.0f} s, {SECONDS[RAW_GROUP]:.0f} s in the first table.",
         "Inferred: the engine's counts of tokens moved. Ended: behind it the engine did not come to rest within",
         f"{REST_SECONDS:.0f} s, or did not answer a good request, and was restarted. The model is the lab's, on a CPU:",
-        "on an NPU seconds are others.",
+        f"on an NPU seconds are others. The lab's engine is vLLM {version}; the deployed 0.18.0 lets more through, inference",
+        "at `/inference/v1/generate` among it.",
         "",
         f"{today}: of {len(rows)} requests none was served through the front. With `direct` the engine inferred for"
         f" {len(passed)}, and {len(ended)} ended it.",
