@@ -172,8 +172,8 @@ def page(rows: list[Row], version: str) -> str:
         f"nothing came for {SECONDS[ASKED]:.0f} s, {SECONDS[RAW_GROUP]:.0f} s in the first table.",
         "Inferred: the engine's counts of tokens moved. Ended: behind it the engine did not come to rest within",
         f"{REST_SECONDS:.0f} s, or did not answer a good request, and was restarted. The model is the lab's, on a CPU:",
-        f"on an NPU seconds are others. The lab's engine is vLLM {version}; the deployed 0.18.0 lets more through, inference",
-        "at `/inference/v1/generate` among it.",
+        f"on an NPU seconds are others. The lab's engine is vLLM {version}; the deployed 0.18.0 lets more through,",
+        "inference at `/inference/v1/generate` among it.",
         "",
         f"{today}: of {len(rows)} requests none was served through the front. With `direct` the engine inferred for"
         f" {len(passed)}, and {len(ended)} ended it.",
