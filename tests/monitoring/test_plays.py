@@ -21,7 +21,13 @@ def test_each_host_is_read_as_it_is_exposed_and_what_is_down_is_told(tmp_path: P
         tmp_path,
         {
             "npu-01": FRONT | tls | {"glm_ocr_port": port},
-            "npu-02": {"glm_ocr_exposure": "direct", "glm_ocr_port": port, "host_exporter_npu_port": npu},
+            # Another host, by its address.
+            "npu-02": {
+                "ansible_host": "localhost",
+                "glm_ocr_exposure": "direct",
+                "glm_ocr_port": port,
+                "host_exporter_npu_port": npu,
+            },
         },
         # One whose own metrics are read, and one whose port alone is asked, for which no key is needed.
         gateways={
