@@ -6,6 +6,7 @@ import grp
 import http.client
 import json
 import os
+import random
 import re
 import select
 import signal
@@ -16,7 +17,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -290,8 +291,18 @@ def answer(connection: socket.socket) -> Answer:
 
 
 def free_ports(number: int) -> list[int]:
-    """Free ones, held together so that they differ."""
-    held = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
+    """Free ones, held together so that they differ.
+
+    Below those that the kernel gives to clients: one that nobody listens on for a moment is not taken by a connection
+    of a test beside it.
+    """
+    clients = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    held: list[socket.socket] = []
+    for port in random.sample(range(clients - 10000, clients), 1000):
+        with suppress(OSError):
+            held.append(socket.create_server(("127.0.0.1", port)))
+        if len(held) == number:
+            break
     ports = [one.getsockname()[1] for one in held]
     for one in held:
         one.close()
