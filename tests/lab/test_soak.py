@@ -28,11 +28,14 @@ HOUR = 3600.0
 SECONDS = float(os.environ.get("SOAK_SECONDS", "300"))
 #: Of the saturation, measured before, that is kept up.
 SHARE, CLOSED_WORKERS, SATURATION_SECONDS, WORKERS = 0.8, 32, 20.0, 64
-#: Asked of an hour: percent that memory may grow, by which share the last sixth's p99 may be above the first's.
-GROWTH_PERCENT, SLOWER = 1.0, 0.2
+#: Percent that the memory of each may grow in an hour. The engine's process is vLLM's own, and of another version than
+#: production's: its limit is for a leak that an operator would meet within days.
+GROWTH_PERCENT = {"the client": 1.0, "the front": 1.0, "the API process with the guard": 1.0, "the engine process": 5.0}
+#: By which share the p99 of an hour's last sixth may be above the first's.
+SLOWER = 0.2
 #: Of minutes: 3 % in the run, for the allocator moves by more than a percent an hour, and twice the p99, for that is of
 #: some hundred requests.
-SHORT_GROWTH_PERCENT, SHORT_SLOWER = 3.0 * HOUR / SECONDS, 1.0
+SHORT_GROWTH_PERCENT, SHORT_SLOWER = dict.fromkeys(GROWTH_PERCENT, 3.0 * HOUR / SECONDS), 1.0
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def page(found: Soaked, ceiling: float) -> str:
             (
                 f"memory of {name}",
                 f"{found.memory[name][-1][1] / 1e6:.1f} MB, {percent:+.2f} % an hour",
-                f"at most {GROWTH_PERCENT:+.0f} % an hour",
+                f"at most {GROWTH_PERCENT[name]:+.0f} % an hour",
             )
             for name, percent in found.growth().items()
         ),

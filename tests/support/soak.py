@@ -12,7 +12,7 @@ import statistics
 import threading
 import time
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -82,11 +82,11 @@ class Soaked:
             for name, samples in self.memory.items()
         }
 
-    def problems(self, growth_percent: float, slower: float) -> list[str]:
+    def problems(self, growth_percent: Mapping[str, float], slower: float) -> list[str]:
         """What is not as it should be.
 
-        Memory may grow by ``growth_percent`` an hour, and the p99 of the last sixth be above the first's by the share
-        ``slower``.
+        The memory of each process may grow by its ``growth_percent`` an hour, and the p99 of the last sixth be above
+        the first's by the share ``slower``.
         """
         found = self.lost + self.passed
         if unsent := sum(map(math.isinf, self.latency)):
@@ -96,8 +96,8 @@ class Soaked:
         for name, samples in self.memory.items():
             if (kept := sum(at >= WARM_UP * self.seconds for at, _ in samples)) < SAMPLES:
                 found.append(f"memory of {name}: expected {SAMPLES} samples after the warm-up; found {kept}")
-            elif (percent := self.growth()[name]) > growth_percent:
-                found.append(f"memory of {name}: expected at most {growth_percent:g} % an hour; found {percent:.2f} %")
+            elif (percent := self.growth()[name]) > (limit := growth_percent[name]):
+                found.append(f"memory of {name}: expected at most {limit:g} % an hour; found {percent:.2f} %")
         first, last = self.p99(0, 1 / 6), self.p99(5 / 6, 1)
         if first is None or last is None:
             found.append("too few requests for a p99")

@@ -80,15 +80,15 @@ def send_no_bad(found: Soaked) -> None:
 def test_what_is_not_as_it_should_be_is_told(spoil: Callable[[Soaked], None], told: list[str]) -> None:
     found = fine()
     spoil(found)
-    problems = found.problems(growth_percent=1.0, slower=0.2)
+    problems = found.problems(growth_percent={"engine": 1.0}, slower=0.2)
     assert len(problems) == len(told), problems
     assert all(problem.startswith(begin) for problem, begin in zip(problems, told, strict=True)), problems
 
 
 def test_a_p99_needs_a_hundred_requests() -> None:
     assert Soaked(rate=1, seconds=99).p99(0, 1) is None
-    assert Soaked(rate=1, seconds=600).problems(1.0, 0.2)[-1] != "too few requests for a p99"
-    assert Soaked(rate=1, seconds=594).problems(1.0, 0.2)[-1] == "too few requests for a p99"
+    assert Soaked(rate=1, seconds=600).problems({}, 0.2)[-1] != "too few requests for a p99"
+    assert Soaked(rate=1, seconds=594).problems({}, 0.2)[-1] == "too few requests for a p99"
 
 
 @pytest.mark.parametrize(
