@@ -12,6 +12,8 @@ from rendering import PROJECT
 
 RUNBOOKS = PROJECT / "docs" / "runbooks"
 BLOCK = re.compile(r"^```sh\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Of another language, which has no commands.
+OTHER = re.compile(r"^```(?!sh\n)\w+\n.*?^```$", re.MULTILINE | re.DOTALL)
 #: What a command begins with; other code in the text is a message, a variable or a file.
 PROGRAMS = frozenset(
     "ansible ansible-playbook ansible-vault base64 cat chmod cosign curl df dmesg docker du find free grep head"
@@ -63,6 +65,7 @@ def commands(page: Path) -> list[Command]:
 
 def _commands(page: Path) -> Iterator[Command]:
     name, text = page.stem, page.read_text()
+    text = OTHER.sub("", text)
     for code in re.finditer(rf"{BLOCK.pattern}|`([^`]+)`", text, re.MULTILINE | re.DOTALL):
         block, inline = code.groups()
         for line in block.splitlines() if block else [" ".join(inline.split())]:

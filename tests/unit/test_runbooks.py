@@ -58,6 +58,8 @@ def test_commands_can_be_typed_as_they_stand(verb: str) -> None:
         assert arguments[0] == "-l"
         assert arguments[1] in ("npu-01", "gateway", "npu-01,gateway", "npu-01,monitor-01")
     assert any(line.split()[1] in (f"{verb}.yml", f"playbooks/{verb}.yml") for line in typed)
+    found = commands(RUNBOOKS / f"{verb}.md")
+    assert [command.text for command in found if command.in_block] == typed, "tests/lab types what it finds"
 
 
 @pytest.mark.parametrize("page", sorted(RUNBOOKS.rglob("*.md")), ids=lambda page: page.relative_to(RUNBOOKS).as_posix())
