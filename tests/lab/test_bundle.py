@@ -23,12 +23,15 @@ def bundled(deployed: Played, play: Play, tmp_path_factory: pytest.TempPathFacto
     """The variables of a bundle that was cut off in the middle of the image and made to its end by a second run."""
     folder = tmp_path_factory.mktemp("site") / "bundle"
     given = {"site_bundle_dir": str(folder), "site_bundle_weights_dir": str(NANO)}
-    controller = Controller("-e", json.dumps(given), playbook="playbooks/bundle.yml")
-    controller.reaches("Fetch it, part by part")
     blobs = folder / "image" / "blobs" / "sha256"
-    while not [path for path in blobs.glob("*") if path.suffix or path.stat().st_size > 2**20]:
-        assert controller.process.poll() is None
-    controller.kill()
+    controller = Controller("-e", json.dumps(given), playbook="playbooks/bundle.yml")
+    try:
+        controller.reaches("Fetch it, part by part")
+        # One part of the image is there, the next one begun.
+        while {bool(path.suffix) for path in blobs.glob("*") if path.stat().st_size > 2**20} != {True, False}:
+            assert controller.process.poll() is None
+    finally:
+        controller.kill()
     whole = {path: path.stat().st_mtime_ns for path in blobs.iterdir() if not path.suffix}
     assert not (folder / "SHA256SUMS").exists()
     made = play("playbooks/bundle.yml", **given)
@@ -44,12 +47,13 @@ def isolated(deployed: Played, play: Play, node: Host) -> Iterator[Host]:
     """The node without service, image and weights, which reaches nothing but who asks it over SSH."""
     assert play("playbooks/remove.yml").rc == 0
     registry = node_named("registry").backend.hostname
-    node.check_output(f"docker rmi --force $(docker images --quiet --no-trunc {IMAGE}) && rm -r {WEIGHTS}")
+    node.check_output(f"docker rmi --force $(docker images --quiet --no-trunc {IMAGE}) && mv {WEIGHTS} {WEIGHTS}.kept")
     default = node.run("ip route show default").stdout.strip()
     node.check_output(f"ip route add unreachable {registry}/32; ip route del default 2>/dev/null; true")
     try:
         yield node
     finally:
+        node.check_output(f"rm --recursive --force {WEIGHTS} && mv {WEIGHTS}.kept {WEIGHTS}")
         node.check_output(f"ip route del unreachable {registry}/32")
         if default:
             node.check_output(f"ip route replace {default}")

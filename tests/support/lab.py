@@ -20,7 +20,7 @@ import testinfra
 import yaml
 from testinfra.host import Host
 
-from monitored import PROGRAMS
+from monitored import PROGRAMS, requirement
 from rendering import PROJECT, ROLES
 
 NODE = "node1"
@@ -97,6 +97,7 @@ def prometheus(node: Host) -> Iterator[None]:
 
     What Prometheus' own page needs is left out; whatever a play made of them goes too.
     """
+    requirement()
     options = ("-i", LAB_STATE / "ssh" / "id_ed25519", "-o", f"UserKnownHostsFile={LAB_STATE}/ssh/known_hosts")
     packages = PROGRAMS.parents[1].glob("*.deb")
     subprocess.run(["scp", "-q", *options, *packages, f"root@{node.backend.hostname}:/tmp"], check=True)

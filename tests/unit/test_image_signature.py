@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -285,3 +288,26 @@ def test_what_a_registry_altered_is_not_kept(blob: Blob) -> None:
     with pytest.raises(image_registry.RegistryError, match="was altered"):
         blob.fetch()
     assert list(blob.target.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(("end", "asked"), [("completed", []), ("removed", [""]), ("cut off", ["1000-"])])
+def test_what_another_run_still_fetches_is_waited_for(end: str, asked: list[str], blob: Blob) -> None:
+    partial = blob.target.with_name("one.partial")
+    partial.parent.mkdir()
+    with ThreadPoolExecutor(1) as beside:
+        with partial.open("wb") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            fetched = beside.submit(blob.fetch)
+            while sum(os.path.realpath(link) == str(partial) for link in Path("/proc/self/fd").iterdir()) < 2:
+                assert not fetched.done()
+            if end == "removed":
+                partial.unlink()
+            else:
+                other.write(blob.content if end == "completed" else blob.content[:1000])
+                other.flush()
+            if end == "completed":
+                partial.replace(blob.target)
+        assert fetched.result() == (end != "completed")
+    assert blob.asked() == asked
+    assert blob.target.read_bytes() == blob.content
+    assert list(partial.parent.iterdir()) == [blob.target]

@@ -5,11 +5,14 @@ Runs on the controller, in the project's environment.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
+import os
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict
+from typing import IO, Any, Dict, Iterator
 
 import requests
 
@@ -63,6 +66,18 @@ def sha256(content: bytes) -> str:
     return "sha256:" + hashlib.sha256(content).hexdigest()
 
 
+@contextmanager
+def alone(partial: Path) -> Iterator[IO[bytes]]:
+    """The file, open for appending, when nobody else writes it: what was killed may have left a worker that goes on."""
+    while True:
+        with partial.open("ab") as writing:
+            fcntl.flock(writing, fcntl.LOCK_EX)
+            # Who had it meanwhile may have renamed or removed it.
+            if partial.exists() and os.path.samestat(partial.stat(), os.fstat(writing.fileno())):
+                yield writing
+                return
+
+
 def sha256_of(file: Path) -> str:
     """Of a file of any size."""
     digest = hashlib.sha256()
@@ -102,8 +117,11 @@ class Registry:
             target.unlink()
         partial = target.with_name(target.name + ".partial")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as writing:
-            there = writing.tell()
+        with alone(partial) as writing:
+            if target.is_file():
+                partial.unlink()
+                return False
+            there = writing.seek(0, os.SEEK_END)
             if there >= size:
                 writing.truncate(0)
                 there = 0
@@ -116,11 +134,12 @@ class Registry:
                         writing.write(block)
                 except requests.RequestException as error:
                     raise RegistryError(f"{error}; what came of {digest} is kept, run again to go on") from error
-        found = sha256_of(partial)
-        if found != digest:
-            partial.unlink()
-            raise RegistryError(f"the blob {digest} was altered: what the registry sends has {found}")
-        partial.replace(target)
+            writing.flush()
+            found = sha256_of(partial)
+            if found != digest:
+                partial.unlink()
+                raise RegistryError(f"the blob {digest} was altered: what the registry sends has {found}")
+            partial.replace(target)
         return True
 
     def get(self, path: str, max_bytes: int, headers: Dict[str, str]) -> bytes:
