@@ -75,7 +75,8 @@ class Fleet:
     @staticmethod
     def _up(state: str) -> set[str]:
         rows = [line.split() for line in state.splitlines() if " engine " in line and not line.startswith("#")]
-        return {row[3] for row in rows if row[5] == "2" and row[6] == "0"}
+        # 1 is up and in its slow start, 2 is up (management.txt of HAProxy, "show servers state").
+        return {row[3] for row in rows if row[5] in ("1", "2") and row[6] == "0"}
 
     def until_serving(self, instances: set[str]) -> None:
         until(lambda: self.serving() == instances, BUDGET)
