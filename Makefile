@@ -85,7 +85,7 @@ bench-guard: .venv/dev  ## what front and guard cost beside exposure direct, int
 	pip install --quiet --disable-pip-version-check -r tests/bench_guard/requirements.txt
 	PYTHONPATH=files/guard:files/scripts:roles/ocr_front/files:roles/vllm_service/files:tests/support python tests/bench_guard/measure.py
 
-bench-fleet: lab  ## what a deploy that changes nothing costs for 1 to 16 hosts, in the lab, into docs/bench-fleet.md (1 h, 48 GB of disk); FLEET="--nodes 1,2"
+bench-fleet: lab  ## what a deploy that changes nothing costs for 1 to 16 hosts, in the lab, into docs/bench-fleet.md (1 h, 53 GB of disk); FLEET="--nodes 1,2"
 	PYTHONPATH=roles/ocr_front/files:roles/vllm_service/files:tests/support:tests/bench_fleet python tests/bench_fleet/fleet_bench.py $(FLEET)
 
 # All that the lab needs of this machine, before anything is installed.

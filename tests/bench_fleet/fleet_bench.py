@@ -42,8 +42,8 @@ PORT = 8000
 NETWORK, BEFORE_FIRST = "198.18.91", 100
 #: Hosts that are booted and deployed at a time, and engines that are started at a time: two cores do not carry more.
 BATCH, STARTS = 4, 2
-#: What a node needs: its copy of the image, unpacked, and a dockerd.
-NODE_DISK_GB, NODE_MEMORY_MB = 3.0, 350
+#: What a node needs: its copy of the image, unpacked, with what is fetched and asked for on the way, and a dockerd.
+NODE_DISK_GB, NODE_MEMORY_MB = 3.3, 350
 #: What a node's systemd, dbus, agetty and containerd watch files with: 9 of them, and room. A kernel allows root 128.
 NODE_WATCHES = 16
 WATCHES = Path("/proc/sys/fs/inotify/max_user_instances")
@@ -207,7 +207,8 @@ class Bench:
         folder = self.folder / f"r{self.runs}"
         (folder / "results").mkdir(parents=True)
         commands: dict[str, Sequence[str | Path]] = {
-            DEPLOY: self.play("deploy.yml", ":".join(names)),
+            # Reports of its own: those of before would be in the page that a run makes of the fleet.
+            DEPLOY: self.play("deploy.yml", ":".join(names), "-e", f"glm_ocr_reports_dir={folder / 'reports'}"),
             BY_HAND: [HERE / "by_hand.sh", self.folder / "expected", folder / "results", *addresses],
         }
         environment = {
@@ -220,6 +221,7 @@ class Bench:
             "ANSIBLE_NOCOLOR": "1",
             "ANSIBLE_FORCE_COLOR": "0",
         }
+        (folder / "executions").touch()
         cost = folder / "cost.json"
         status, output = run(
             [sys.executable, HERE / "command_cost.py", cost, *commands[arm]], folder / "log", environment

@@ -113,7 +113,7 @@ def journal_of_a_failure(request: pytest.FixtureRequest, node: Host) -> Iterator
     yield
     report = request.node.stash.get(CALL_FAILED, False)
     if report:
-        print(node.run("journalctl --unit glm-ocr --lines 80 --no-pager").stdout)
+        print(node.run("journalctl --unit 'glm-ocr*' --lines 120 --no-pager").stdout)
 
 
 CALL_FAILED = pytest.StashKey[bool]()

@@ -84,7 +84,7 @@ def test_a_run_that_changed_something_or_missed_a_host_is_none() -> None:
 def test_a_machine_without_room_is_told_what_it_lacks() -> None:
     assert fleet_bench.missing(16, 75, 20000) == []
     disk, memory = fleet_bench.missing(16, 40, 3000)
-    assert disk.startswith("expected 48 GB of disk for 16 nodes, found 40.")
+    assert disk.startswith("expected 53 GB of disk for 16 nodes, found 40.")
     assert memory.startswith("expected 5600 MB of memory for 16 nodes, found 3000.")
 
 
