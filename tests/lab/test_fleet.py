@@ -97,7 +97,7 @@ class Fleet:
 def has_address(gateway: Host) -> bool:
     try:
         return ADDRESS in gateway.run("ip -brief address show dev host0").stdout
-    except RuntimeError:  # as above
+    except RuntimeError:  # testinfra's word for a connection that failed
         return False
 
 
